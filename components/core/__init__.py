@@ -1,0 +1,1 @@
+"""What every stage shares: checkpoint, mask, corpus and tokens, perplexity, progress, command line."""

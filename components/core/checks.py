@@ -1,0 +1,44 @@
+"""Checks that several settings classes share. Each raises `ValueError` naming parameter, rule and value."""
+
+import re
+from collections.abc import Collection
+
+
+def at_least(parameter: str, value: float, low: float) -> None:
+    """`value` >= `low`; NaN fails."""
+    if not value >= low:
+        raise ValueError(f"{parameter} must be at least {low}, got {value}")
+
+
+def above(parameter: str, value: float, low: float) -> None:
+    """`value` > `low`; NaN fails."""
+    if not value > low:
+        raise ValueError(f"{parameter} must be above {low}, got {value}")
+
+
+def in_unit(parameter: str, value: float) -> None:
+    """`value` in [0, 1]; NaN fails."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{parameter} must be in [0, 1], got {value}")
+
+
+def one_of(parameter: str, value: str, choices: Collection[str]) -> None:
+    """`value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{parameter} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def given(parameter: str, value: str) -> None:
+    """`value` is not empty."""
+    if not value.strip():
+        raise ValueError(f"{parameter} must be given, got {value!r}")
+
+
+def parse_pattern(pattern: str) -> tuple[int, int] | None:
+    """`N:M` as (N kept, of M); None for `unstructured`."""
+    if pattern == "unstructured":
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if not match or not 0 < int(match[1]) < int(match[2]):
+        raise ValueError(f"pattern must be 'unstructured' or N:M with 0 < N < M, got {pattern!r}")
+    return int(match[1]), int(match[2])

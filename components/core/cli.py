@@ -1,0 +1,40 @@
+"""Command line of a stage, made from its settings class."""
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Any
+
+from simple_parsing import ArgumentParser, DashVariant
+
+
+def parse(config_class: type, description: str | None = None) -> Any:
+    """Read `config_class` from the command line; a rule that a value breaks ends the program with one line."""
+    parser = ArgumentParser(add_option_string_dash_variants=DashVariant.UNDERSCORE, description=description)
+    parser.add_arguments(config_class, dest="config")
+    try:
+        return parser.parse_args().config
+    except ValueError as error:
+        fail(error)
+
+
+def main(config_class: type, stage: str) -> None:
+    """Run the `run` function of the module `stage` with settings from the command line.
+
+    The module is imported after the settings were checked, so that a wrong value is told at once.
+    """
+    config = parse(config_class)
+    try:
+        record = importlib.import_module(stage).run(config)
+        print("  ".join(f"{name}={value}" for name, value in record.measured.items()), flush=True)
+    except (ValueError, OSError, ImportError) as error:
+        fail(error)
+
+
+def fail(error: Exception) -> Any:
+    """End the program with the error as one line; the traceback follows if COMPRESS_DEBUG is set."""
+    if os.environ.get("COMPRESS_DEBUG"):
+        traceback.print_exception(error)
+    print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+    raise SystemExit(2)

@@ -1,0 +1,220 @@
+"""Text by one spec string.
+
+- `Salesforce/wikitext:wikitext-2-raw-v1`: a dataset of the hub, `name:configuration`, through `datasets`;
+- a local .txt, .jsonl or .parquet file (the last two with a `text` column), or a folder of such files; files in a folder
+  whose names begin with train, or with test, eval or valid, are its training and its evaluation text;
+- `builtin:python-docs`: the language reference inside every CPython, in English, for runs without a network.
+
+Documents are joined by a blank line, as the field does for WikiText perplexity (GPTQ, SparseGPT).
+"""
+
+import hashlib
+import platform
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from components.core.files import stat_fingerprint
+from components.core.hub import hub_errors
+
+WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
+PYTHON_DOCS = "builtin:python-docs"
+TOKENS_FILE = "tokens.safetensors"
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+EVAL_NAMES = ("test", "eval", "valid")
+SEPARATOR = "\n\n"
+SHARED_PARAGRAPH = 40  # characters; two topics of the docs that share so long a paragraph go to the same split
+
+
+def check_corpus(parameter: str, spec: str) -> None:
+    """Check a spec without the network or reading the text.
+
+    Raises:
+        ValueError: no such file, a file of another kind, an empty folder, or no spec at all.
+    """
+    if spec == PYTHON_DOCS or is_hub(spec):
+        return
+    path = Path(spec)
+    if spec.startswith("builtin:"):
+        raise ValueError(f"{parameter} must be {PYTHON_DOCS}, a hub dataset or a local path, got {spec!r}")
+    if not spec or not path.exists():
+        raise ValueError(f"{parameter} must be an existing file or folder, or a hub dataset 'name:config', got {spec!r}")
+    if path.is_dir() and not _folder_files(path):
+        raise ValueError(f"{parameter} must hold {', '.join(SUFFIXES)} files, got {spec}")
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise ValueError(f"{parameter} must be a {', '.join(SUFFIXES)} file, got {spec}")
+
+
+def check_data(parameter: str, data: str) -> None:
+    """Check a setting that takes a tokens folder or a corpus spec. Errors as `check_corpus`."""
+    if not is_tokens(data):
+        check_corpus(parameter, data)
+
+
+def is_tokens(data: str) -> bool:
+    """Whether `data` is a tokens folder, as the tokenize stage writes it."""
+    return (Path(data) / TOKENS_FILE).is_file()
+
+
+def is_hub(spec: str) -> bool:
+    """Whether a spec names a dataset of the hub: `name:configuration`, or `owner/name` that is no local path."""
+    return (
+        not spec.startswith("builtin:")
+        and not Path(spec).exists()
+        and (":" in spec or spec.count("/") == 1)
+        and (Path(spec).suffix not in SUFFIXES and not spec.startswith((".", "/", "~")))
+    )
+
+
+def load_text(parameter: str, spec: str, split: str, revision: str | None = None) -> str:
+    """The `train` or `eval` text of a corpus as one string.
+
+    Args:
+        parameter: name of the setting, for messages.
+        spec: see the module.
+        split: `train` or `eval`.
+        revision: what `resolve_corpus` named; None = whatever is there now.
+
+    Raises:
+        ValueError: the corpus has no such split, is empty, cannot be read, is no longer at the revision, or the hub
+            refuses it.
+    """
+    check_corpus(parameter, spec)
+    if revision and not is_hub(spec) and (found := resolve_corpus(parameter, spec)) != revision:
+        raise ValueError(f"{parameter} must still be at revision {revision}, {spec} is at {found}: start anew")
+    if spec == PYTHON_DOCS:
+        documents = python_docs()[split]
+    elif is_hub(spec):
+        documents = _hub_documents(parameter, spec, split, revision)
+    else:
+        documents = _local_documents(parameter, Path(spec), split)
+    text = SEPARATOR.join(documents)
+    if not text.strip():
+        raise ValueError(f"{parameter} must hold {split} text, {spec} is empty")
+    return text
+
+
+def resolve_corpus(parameter: str, spec: str) -> str:
+    """Name the exact version of a corpus without fetching it: the commit on the hub, or a fingerprint of the local files.
+
+    Raises:
+        ValueError: as `check_corpus`; or the hub does not have it, says what to do.
+    """
+    check_corpus(parameter, spec)
+    if spec == PYTHON_DOCS:
+        return f"python-{platform.python_version()}"
+    if not is_hub(spec):
+        return stat_fingerprint([Path(spec)] if Path(spec).is_file() else _folder_files(Path(spec)))
+    from huggingface_hub import HfApi
+
+    with hub_errors(parameter, spec):
+        commit = HfApi().dataset_info(spec.partition(":")[0]).sha
+    assert commit is not None
+    return commit
+
+
+def python_docs() -> dict[str, list[str]]:
+    """Split the topics of `pydoc_data` into train and eval so that no paragraph is in both.
+
+    Some topics quote others at length (`compound` holds all of `for`), so topics that share a paragraph stay together;
+    every fifth of the groups that remain, by name, is for evaluation.
+    """
+    from pydoc_data.topics import topics
+
+    group = {name: name for name in topics}  # union-find over topics
+
+    def root(name: str) -> str:
+        while group[name] != name:
+            name = group[name]
+        return name
+
+    first_seen: dict[str, str] = {}
+    for name in sorted(topics):
+        for paragraph in (" ".join(part.split()) for part in topics[name].split("\n\n")):
+            if len(paragraph) >= SHARED_PARAGRAPH:
+                group[root(name)] = root(first_seen.setdefault(paragraph, name))
+    members = defaultdict(list)
+    for name in sorted(topics):
+        members[root(name)].append(topics[name])
+    splits: dict[str, list[str]] = {"train": [], "eval": []}
+    for position, key in enumerate(sorted(members)):
+        splits["eval" if position % 5 == 4 else "train"] += members[key]
+    return splits
+
+
+def _hub_documents(parameter: str, spec: str, split: str, revision: str | None) -> list[str]:
+    import datasets
+
+    name, _, config = spec.partition(":")
+    datasets.disable_progress_bars()
+    try:
+        loaded: Any = datasets.load_dataset(name, config or None, revision=revision)
+    except Exception as error:  # the hub's client raises many kinds; the user needs one line
+        raise ValueError(
+            f"{parameter} must be a dataset that can be reached, got {spec}: {type(error).__name__}: {error}. "
+            "Check its name, `hf auth login` if it is gated, or give a local file"
+        ) from error
+    choices = ("train",) if split == "train" else ("test", "validation")
+    for choice in choices:
+        if choice in loaded:
+            if "text" not in loaded[choice].column_names:
+                raise ValueError(f"{parameter} must have a 'text' column, {spec} has {loaded[choice].column_names}")
+            return list(loaded[choice]["text"])
+    raise ValueError(f"{parameter} must have a {' or '.join(choices)} split, {spec} has {', '.join(loaded)}")
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+
+
+def _local_files(path: Path, split: str) -> list[Path]:
+    """The files of a split. A file or a folder without named splits is one text, whatever it is used for."""
+    if path.is_file():
+        return [path]
+    files = _folder_files(path)
+    held_out = [file for file in files if file.stem.lower().startswith(EVAL_NAMES)]
+    train = [file for file in files if file.stem.lower().startswith("train")]
+    if not held_out and not train:
+        return files
+    return (held_out if split == "eval" else train) or []
+
+
+def _local_documents(parameter: str, path: Path, split: str) -> list[str]:
+    files = _local_files(path, split)
+    if not files:
+        raise ValueError(f"{parameter} must have a file whose name begins with {split} for its {split} text, {path} has none")
+    return [document for file in files for document in _read_file(parameter, file)]
+
+
+def _read_file(parameter: str, file: Path) -> Iterator[str]:
+    if file.suffix == ".txt":
+        try:
+            yield file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{parameter} must be UTF-8 text, {file} is not: {error}") from error
+        return
+    import datasets
+
+    datasets.disable_progress_bars()
+    kind = "json" if file.suffix == ".jsonl" else "parquet"
+    try:
+        table: Any = datasets.load_dataset(kind, data_files=str(file), split="train")
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{parameter} must be readable {kind}, {file} is not: {error.__cause__ or error}") from error
+    if "text" not in table.column_names:
+        raise ValueError(f"{parameter} must have a 'text' column, {file} has {table.column_names}")
+    yield from table["text"]
+
+
+def splits_overlap(train_spec: str, eval_spec: str) -> bool:
+    """Whether training and evaluation would read the same local files."""
+    if train_spec == PYTHON_DOCS or is_hub(train_spec) or is_hub(eval_spec) or eval_spec == PYTHON_DOCS:
+        return False
+    train = {file.resolve() for file in _local_files(Path(train_spec), "train")}
+    return any(file.resolve() in train for file in _local_files(Path(eval_spec), "eval"))
+
+
+def text_fingerprint(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()

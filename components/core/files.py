@@ -1,0 +1,98 @@
+"""Atomic outputs: a folder or file appears whole under its name, or not at all."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def check_new(parameter: str, path: str | os.PathLike[str], bytes_needed: int = 0) -> None:
+    """Check, before any heavy work, that `path` can be created.
+
+    Args:
+        parameter: name of the setting, for the message.
+        path: the file or folder to be created.
+        bytes_needed: what will be written there, about.
+
+    Raises:
+        ValueError: it exists already, its place cannot be written, or the disk is too full.
+    """
+    target = Path(path).absolute()
+    if target.exists() or target.is_symlink():
+        raise ValueError(f"{parameter} must not exist yet, got {path}")
+    place = next(folder for folder in target.parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{parameter} must lie in a folder that can be written, got {path}")
+    free = shutil.disk_usage(place).free
+    if bytes_needed > free:
+        raise ValueError(f"{parameter} needs about {bytes_needed / 1e9:.2f} GB of disk, {place} has {free / 1e9:.2f} GB free")
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary sibling folder that is renamed to `path` when the block ends well, and removed otherwise."""
+    target = Path(path).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield scratch
+        _open_to_readers(scratch)
+        scratch.rename(target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give a folder and its files the usual modes: mkdtemp and safetensors make them private, pods share volumes."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary sibling path that replaces `path` when the block ends well, and is removed otherwise."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield scratch
+        scratch.replace(target)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN is refused: it is not JSON."""
+    with new_file(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be a JSON file: {error}") from error
+
+
+def stat_fingerprint(files: Iterable[Path]) -> str:
+    """SHA-256 over names, sizes and times of files: cheap, and another one when a file changes."""
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            stat = file.stat()
+            digest.update(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

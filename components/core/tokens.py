@@ -1,0 +1,136 @@
+"""Token blocks: text as fixed-length rows of token ids, with the fingerprints of tokenizer and corpus.
+
+The tokens artifact is a folder with one `tokens.safetensors`: int32 tensors `calibration` [nsamples, seq_len], `train`
+[n, seq_len] and `eval` [m, eval_seq_len], and their fingerprints as metadata, so that no later stage needs the network.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from components.core.corpus import TOKENS_FILE, is_tokens, load_text, text_fingerprint
+
+FORMAT = "token-blocks-1"
+SPLITS = ("calibration", "train", "eval")
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Blocks of one split.
+
+    Attributes:
+        ids: int64 [blocks, seq_len].
+        corpus: fingerprint of the text they were cut from.
+        tokenizer: fingerprint of the tokenizer.
+    """
+
+    ids: Tensor
+    corpus: str
+    tokenizer: str
+
+    def fingerprint(self) -> str:
+        """What a perplexity is measured on: these very tokens, cut this way."""
+        digest = hashlib.sha256(self.ids.to(torch.int32).numpy().tobytes())
+        digest.update(json.dumps([list(self.ids.shape), self.tokenizer]).encode())
+        return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of the vocabulary and of what a probe text becomes."""
+    probe = tokenizer("The quick brown fox, 42 times:\n\n\tümlaut 漢字", verbose=False)["input_ids"]
+    return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), probe]).encode()).hexdigest()
+
+
+def sequential_blocks(ids: Tensor, seq_len: int, count: int = 0) -> Tensor:
+    """Cut a stream of ids [n] into its non-overlapping blocks [blocks, seq_len]; the first `count` of them if not 0."""
+    blocks = ids[: ids.numel() // seq_len * seq_len].view(-1, seq_len)
+    return blocks[:count] if count else blocks
+
+
+def random_blocks(ids: Tensor, seq_len: int, count: int, seed: int) -> Tensor:
+    """Draw `count` windows [count, seq_len] at random places of a stream of ids [n], as GPTQ and SparseGPT calibrate."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, ids.numel() - seq_len, (count,), generator=generator)
+    return torch.stack([ids[start : start + seq_len] for start in starts.tolist()])
+
+
+def build_blocks(
+    parameter: str,
+    spec: str,
+    split: str,
+    tokenizer: Any,
+    seq_len: int,
+    count: int,
+    seed: int,
+    revision: str | None = None,
+) -> TokenBlocks:
+    """Tokenize a corpus and cut it: random windows for `calibration`, consecutive blocks for `train` and `eval`.
+
+    Args:
+        parameter: name of the setting, for messages.
+        spec: see `components.core.corpus`.
+        split: `calibration`, `train` or `eval`.
+        tokenizer: a Hugging Face tokenizer.
+        seq_len: tokens a block.
+        count: blocks wanted; 0 = all (not for calibration).
+        seed: of the random windows.
+        revision: commit of a hub dataset.
+
+    Raises:
+        ValueError: the corpus is too short for one block, or for `count` of them.
+    """
+    text = load_text(parameter, spec, "eval" if split == "eval" else "train", revision)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])  # the tokenizer's own special tokens, as GPTQ does
+    needed = seq_len + 1 if split == "calibration" else seq_len * max(count, 1)
+    if ids.numel() < needed:
+        raise ValueError(
+            f"{parameter} must have at least {needed} tokens for its {split} blocks of {seq_len}, {spec} has {ids.numel()}"
+        )
+    cut = random_blocks(ids, seq_len, count, seed) if split == "calibration" else sequential_blocks(ids, seq_len, count)
+    return TokenBlocks(cut, text_fingerprint(text), tokenizer_fingerprint(tokenizer))
+
+
+def save_tokens(blocks: dict[str, TokenBlocks], folder: Path) -> None:
+    """Write the splits of a tokens artifact.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    metadata = {"format": FORMAT, "tokenizer": blocks["eval"].tokenizer}
+    metadata |= {f"corpus.{split}": part.corpus for split, part in blocks.items()}
+    tensors = {split: part.ids.to(torch.int32).contiguous() for split, part in blocks.items()}
+    try:
+        save_file(tensors, folder / TOKENS_FILE, metadata)
+    except SafetensorError as error:
+        raise OSError(f"writing tokens to {folder.parent} failed: {error}") from error
+
+
+def load_blocks(
+    parameter: str, data: str, split: str, tokenizer: Any, seq_len: int, count: int = 0, seed: int = 0
+) -> TokenBlocks:
+    """Blocks from a tokens artifact, or built from a corpus spec. Arguments and errors as in `build_blocks`.
+
+    Raises:
+        ValueError: also if the artifact was made by another tokenizer, with another length, or holds fewer blocks.
+    """
+    if not is_tokens(data):
+        return build_blocks(parameter, data, split, tokenizer, seq_len, count, seed)
+    try:
+        with safe_open(Path(data) / TOKENS_FILE, framework="pt") as file:
+            metadata, ids = file.metadata(), file.get_tensor(split).long()
+    except SafetensorError as error:
+        raise ValueError(f"{parameter} must be a tokens artifact, {data} cannot be read: {error}") from error
+    if metadata["tokenizer"] != tokenizer_fingerprint(tokenizer):
+        raise ValueError(f"{parameter} must be tokenized by the model's own tokenizer, {data} is not")
+    if ids.shape[1] != seq_len:
+        raise ValueError(f"{parameter} must have blocks of {seq_len} tokens, {data} has {split} blocks of {ids.shape[1]}")
+    if ids.shape[0] < count:
+        raise ValueError(f"{parameter} must have {count} {split} blocks, {data} has {ids.shape[0]}")
+    return TokenBlocks(ids[:count] if count else ids, metadata[f"corpus.{split}"], metadata["tokenizer"])

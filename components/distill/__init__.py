@@ -1,0 +1,1 @@
+"""Distillation from the dense teacher into the sparse student, under its mask."""

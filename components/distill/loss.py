@@ -1,0 +1,123 @@
+"""The distillation loss, exact and in little memory.
+
+    L = α · T² · KL(p_teacher ‖ p_student) + (1 − α) · CE(p_student, next token),   p = softmax(logits / T) in the KL
+
+averaged over the positions with a label (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015).
+
+A vocabulary is about a hundred times wider than the hidden states, so logits of teacher and student are made for a chunk
+of tokens at a time, from the hidden states, and dropped again. The gradient with respect to the student's hidden states
+is computed in the same pass, in closed form:
+
+    ∂L/∂logits = α · T · (softmax(s/T) − softmax(t/T)) + (1 − α) · (softmax(s) − onehot(label)),   ∂L/∂h = ∂L/∂logits · W
+
+The heads are never trained (they are outside the mask), so no gradient flows into them. Softmaxes are float32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+IGNORED = -100  # label of a position that does not count, as in torch's cross entropy
+TOKENS_A_CHUNK = 256
+
+
+def next_token_labels(ids: Tensor) -> Tensor:
+    """Labels [batch, seq_len] of token ids [batch, seq_len]: the next token; the last position has none."""
+    return functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+
+
+def distillation_loss(
+    student_hidden: Tensor,
+    student_head: nn.Linear,
+    teacher_hidden: Tensor,
+    teacher_head: nn.Linear,
+    labels: Tensor,
+    alpha_kd: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss over all positions with a label.
+
+    Args:
+        student_hidden: final hidden states [tokens, width]; the gradient goes here.
+        student_head: width → vocabulary.
+        teacher_hidden: [tokens, teacher's width].
+        teacher_head: teacher's width → the same vocabulary.
+        labels: int64 [tokens], `IGNORED` where a position does not count.
+        alpha_kd: α in [0, 1].
+        temperature: T > 0.
+
+    Returns:
+        (loss, T²·KL, CE), scalars; only the first carries a gradient. All are 0, the graph intact, if no position counts.
+    """
+    loss, kd, ce = _ChunkedLoss.apply(
+        student_hidden, teacher_hidden.detach(), labels, student_head, teacher_head, alpha_kd, temperature
+    )
+    return loss, kd, ce
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        labels: Tensor,
+        student_head: nn.Linear,
+        teacher_head: nn.Linear,
+        alpha: float,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradient = torch.zeros_like(student_hidden, dtype=torch.float32)
+        kd = torch.zeros((), device=student_hidden.device)
+        ce = torch.zeros_like(kd)
+        counted = (labels != IGNORED).nonzero().squeeze(1)  # [n]
+        for rows in counted.split(TOKENS_A_CHUNK):
+            logits = student_head(student_hidden[rows])  # [chunk, vocabulary]
+            compute_dtype = logits.dtype
+            wanted = labels[rows, None]
+            logits_gradient, kd_part, ce_part = chunk_loss(
+                logits.float(), teacher_head(teacher_hidden[rows]).float(), wanted, alpha, temperature
+            )
+            kd += kd_part
+            ce += ce_part
+            gradient[rows] = (logits_gradient.to(compute_dtype) @ student_head.weight.to(compute_dtype)).float()
+        count = max(counted.numel(), 1)
+        ctx.save_for_backward(gradient.div_(count))
+        ctx.hidden_dtype = student_hidden.dtype
+        kd, ce = kd / count, ce / count
+        ctx.mark_non_differentiable(kd, ce)
+        return alpha * kd + (1 - alpha) * ce, kd, ce
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # scaled in float32 before the cast: with fp16 loss scaling the unscaled values would underflow
+        return ((ctx.saved_tensors[0] * gradients[0]).to(ctx.hidden_dtype), *[None] * 6)
+
+
+def chunk_loss(
+    student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss sums and the gradient for one chunk of logits.
+
+    Args:
+        student: float32 logits [chunk, vocabulary].
+        teacher: float32 logits [chunk, vocabulary].
+        labels: int64 [chunk, 1].
+        alpha: α.
+        temperature: T.
+
+    Returns:
+        (∂L/∂student [chunk, vocabulary], Σ T²·KL, Σ CE).
+    """
+    log_student = student.log_softmax(-1)
+    ce = -log_student.gather(1, labels).sum()
+    log_teacher = (teacher / temperature).log_softmax(-1)
+    log_softened = log_student if temperature == 1 else (student / temperature).log_softmax(-1)
+    teacher_p = log_teacher.exp()
+    kd = temperature**2 * (teacher_p * (log_teacher - log_softened)).sum()
+    gradient = (log_softened.exp() - teacher_p).mul_(alpha * temperature)
+    gradient.add_(log_student.exp(), alpha=1 - alpha)
+    gradient.scatter_add_(1, labels, torch.full_like(labels, alpha - 1, dtype=gradient.dtype))
+    return gradient, kd, ce

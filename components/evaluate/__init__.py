@@ -1,0 +1,1 @@
+"""Perplexity of any checkpoint, quantized ones included."""

@@ -1,0 +1,34 @@
+"""KFP wrapper of the evaluate stage, for pipelines of your own: in `compress` each stage measures what it made."""
+
+from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
+
+from components.images import gpu_pod
+
+
+@gpu_pod()
+def evaluate(
+    model: Input[Model],
+    tokens: Input[Dataset],
+    stats: Output[Artifact],
+    metrics: Output[Metrics],
+    eval_blocks: int,
+    eval_seq_len: int,
+    dtype: str,
+    trust_remote_code: bool,
+) -> None:
+    """Measure the perplexity of any checkpoint."""
+    from components.core.record import publish
+    from components.evaluate.config import EvaluateConfig
+    from components.evaluate.stage import run
+
+    record = run(
+        EvaluateConfig(
+            model_dir=model.path,
+            eval_data=tokens.path,
+            eval_blocks=eval_blocks,
+            eval_seq_len=eval_seq_len,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+    publish(record, metrics, stats.path)

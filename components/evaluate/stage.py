@@ -1,0 +1,35 @@
+"""Load a checkpoint and measure it."""
+
+from dataclasses import asdict
+
+from components.core.checkpoint import check_checkpoint, check_seq_len, load_model, load_tokenizer, weight_bytes
+from components.core.device import pick_device, pick_dtype
+from components.core.perplexity import perplexity
+from components.core.progress import log_perplexity
+from components.core.record import StageRecord, Stopwatch, versions
+from components.core.tokens import load_blocks
+from components.evaluate.config import EvaluateConfig
+
+
+def run(config: EvaluateConfig) -> StageRecord:
+    """Evaluate a checkpoint.
+
+    Raises:
+        ValueError: the folder is no checkpoint, the corpus is too short, or the blocks are too long for the model.
+    """
+    watch = Stopwatch()
+    device = pick_device()
+    model_config = check_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
+    check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
+    tokenizer = load_tokenizer(config.model_dir, config.trust_remote_code)
+    blocks = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
+    model = load_model(config.model_dir, pick_dtype(config.dtype, device), device, config.trust_remote_code)
+    result = StageRecord("evaluate", asdict(config), versions=versions())
+    result.measured["perplexity"] = perplexity(model, blocks.ids)
+    log_perplexity("perplexity", result.measured["perplexity"])
+    result.measured |= {
+        "perplexity_text": blocks.fingerprint(),
+        "bytes": weight_bytes(config.model_dir),
+        **watch.read(),
+    }
+    return result

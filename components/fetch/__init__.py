@@ -1,0 +1,1 @@
+"""Fetch the dense model as a checkpoint folder."""

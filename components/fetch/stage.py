@@ -1,0 +1,55 @@
+"""Copy a checkpoint from where it is into the output folder, with the head of its history."""
+
+import fnmatch
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from components.core.checkpoint import (
+    HISTORY_FILE,
+    check_checkpoint,
+    check_dense,
+    weight_bytes,
+    weight_files,
+    write_history,
+)
+from components.core.files import check_new, new_directory
+from components.core.models import HUB_FILES, local_folder, source_history
+from components.core.progress import log, track
+from components.core.record import StageRecord, Stopwatch, versions
+from components.fetch.config import FetchConfig
+
+
+def run(config: FetchConfig) -> StageRecord:
+    """Fetch a model.
+
+    Raises:
+        ValueError: the model does not exist, is gated, is no dense safetensors checkpoint, or the disk is too small.
+    """
+    watch = Stopwatch()
+    folder = local_folder(config.model_id, config.revision)
+    model_config = check_checkpoint("model_id", folder, config.trust_remote_code)
+    check_dense("model_id", folder, model_config)
+    check_new("output_dir", config.output_dir, weight_bytes(folder))
+    result = StageRecord("fetch", asdict(config), versions=versions())
+    files = _files(folder)
+    with new_directory(config.output_dir) as scratch:
+        for file in track(files, "fetching files", len(files)):
+            shutil.copyfile(file, scratch / file.name)
+        result.measured |= watch.read()
+        write_history(scratch, source_history(config.model_id, folder), result)
+    log(f"fetched {config.model_id}, {result.measured['bytes'] / 1e6:.0f} MB: {config.output_dir}")
+    return result
+
+
+def _files(folder: Path) -> list[Path]:
+    """Weights that the index names, and configuration, tokenizer and licence files; nothing else (other formats)."""
+    small = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+        and file.suffix != ".safetensors"
+        and file.name != HISTORY_FILE
+        and any(fnmatch.fnmatch(file.name, pattern) for pattern in HUB_FILES)
+    ]
+    return small + weight_files(folder)

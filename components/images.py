@@ -1,0 +1,16 @@
+"""Container images and one decorator for each kind of pod.
+
+The tag is the package's version and never moves: KFP's cache key holds the image string.
+"""
+
+import functools
+
+from kfp import dsl
+
+VERSION = "0.1.0"
+CPU_IMAGE = f"sparse-distill/cpu:{VERSION}"
+GPU_IMAGE = f"sparse-distill/gpu:{VERSION}"
+
+# kfp and the stages are baked into the images: nothing is installed when a pod starts
+cpu_pod = functools.partial(dsl.component, base_image=CPU_IMAGE, install_kfp_package=False)
+gpu_pod = functools.partial(dsl.component, base_image=GPU_IMAGE, install_kfp_package=False)

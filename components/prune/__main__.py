@@ -1,0 +1,7 @@
+"""The prune stage from a shell: `python -m components.prune --model_id … --output_dir …`."""
+
+from components.core.cli import main
+from components.prune.config import PruneConfig
+
+if __name__ == "__main__":
+    main(PruneConfig, "components.prune.stage")

@@ -1,0 +1,54 @@
+"""KFP wrapper of the prune stage."""
+
+from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
+
+from components.images import gpu_pod
+
+
+@gpu_pod()
+def prune(
+    dense_model: Input[Model],
+    tokens: Input[Dataset],
+    pruned_model: Output[Model],
+    mask: Output[Artifact],
+    stats: Output[Artifact],
+    metrics: Output[Metrics],
+    sparsity: float,
+    pattern: str,
+    method: str,
+    nsamples: int,
+    seq_len: int,
+    eval_blocks: int,
+    eval_seq_len: int,
+    seed: int,
+    dtype: str,
+    skip_ppl_eval: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Prune the dense model in one shot."""
+    from components.core.mask import MASK_FILE
+    from components.core.record import publish
+    from components.prune.config import PruneConfig
+    from components.prune.stage import run
+
+    record = run(
+        PruneConfig(
+            model_id=dense_model.path,
+            output_dir=pruned_model.path,
+            mask_file=f"{mask.path}/{MASK_FILE}",
+            calibration_data=tokens.path,
+            eval_data=tokens.path,
+            sparsity=sparsity,
+            pattern=pattern,
+            method=method,
+            nsamples=nsamples,
+            seq_len=seq_len,
+            eval_blocks=eval_blocks,
+            eval_seq_len=eval_seq_len,
+            seed=seed,
+            dtype=dtype,
+            skip_ppl_eval=skip_ppl_eval,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+    publish(record, metrics, stats.path)

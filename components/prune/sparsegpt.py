@@ -1,0 +1,115 @@
+"""SparseGPT: Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023.
+
+Layer-wise problem (eq. 1): argmin over mask M and weights Ŵ of ‖WX − (M ⊙ Ŵ)X‖². Columns are visited left to right. With
+H = XXᵀ and U the upper Cholesky factor of the damped H⁻¹ (so that U[j, j:] is row j of the inverse Hessian of the weights
+not yet visited, up to the factor U[j, j]; section 3.2), removing weight w at column j
+
+    costs   ε = w² / U[j, j]²                          (eq. 3, the score by which the mask is chosen)
+    and     w_k ← w_k − (w / U[j, j]) · U[j, k], k ≥ j  (eq. 4, repairs the weights not yet visited)
+
+The mask is chosen for `block_size` columns at a time (algorithm 1), for N:M per group of M columns when the first of them
+is reached. Updates within a block of columns are applied at once, those behind it in one matrix product.
+
+Unlike the public reference: exactly `pruned_count(sparsity, numel)` weights are removed, whatever the ties; a Hessian
+that is not positive definite is damped more, said aloud, or refused. All arithmetic is float32.
+"""
+
+import torch
+from torch import Tensor
+
+from components.core.mask import pruned_count
+from components.core.progress import log
+
+DAMPING_TRIES = 3  # each ten times stronger
+
+
+def inverse_factor(hessian: Tensor, damping: float, what: str) -> Tensor:
+    """Upper Cholesky factor U of the inverse of the damped Hessian, H⁻¹ = UᵀU.
+
+    Args:
+        hessian: float32 [in, in], its diagonal positive.
+        damping: share of the mean diagonal to add to the diagonal.
+        what: the layer's name, for messages.
+
+    Raises:
+        ValueError: not positive definite even with the strongest damping tried.
+    """
+    upper: Tensor
+    for attempt in range(DAMPING_TRIES):
+        used = damping * 10**attempt
+        damped = hessian.clone()
+        damped.diagonal().add_(used * hessian.diagonal().mean())
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and torch.isfinite(upper).all():
+                if attempt:
+                    log(f"{what}: the Hessian needed damping {used:g} instead of {damping:g}")
+                return upper
+    raise ValueError(
+        f"damping must make the Hessian positive definite, {used:g} did not for {what}: use more or other calibration text"
+    )
+
+
+@torch.no_grad()
+def sparsegpt(
+    weight: Tensor,
+    hessian: Tensor,
+    sparsity: float,
+    n_of_m: tuple[int, int] | None = None,
+    *,
+    damping: float = 0.01,
+    block_size: int = 128,
+    what: str = "layer",
+) -> tuple[Tensor, Tensor]:
+    """Prune one linear layer.
+
+    Args:
+        weight: [out, in].
+        hessian: float32 [in, in], of the inputs.
+        sparsity: share of weights to remove, in [0, 1).
+        n_of_m: keep N of every M neighbours in a row, instead of choosing over the whole block of columns.
+        damping: see `inverse_factor`.
+        block_size: columns whose mask is chosen together; a multiple of M.
+        what: the layer's name, for messages.
+
+    Returns:
+        (float32 pruned weight [out, in], bool mask [out, in], True = kept).
+
+    Raises:
+        ValueError: see `inverse_factor`.
+    """
+    weight = weight.detach().float().clone()
+    hessian = hessian.clone()
+    rows, columns = weight.shape
+    dead = hessian.diagonal() == 0  # inputs that are always zero: their weights do nothing
+    hessian.diagonal()[dead] = 1
+    weight[:, dead] = 0
+    factor = inverse_factor(hessian, damping, what)
+    kept = torch.ones_like(weight, dtype=torch.bool)
+    removed = 0
+    for start in range(0, columns, block_size):
+        end = min(start + block_size, columns)
+        block = weight[:, start:end]  # a view: [rows, block]
+        local = factor[start:end, start:end]  # [block, block]
+        block_kept = kept[:, start:end]
+        if n_of_m is None:
+            target = pruned_count(sparsity, rows * end)
+            scores = (block / local.diagonal()).square().flatten()
+            lowest = scores.topk(target - removed, largest=False, sorted=False).indices
+            block_kept.copy_(torch.ones_like(scores, dtype=torch.bool).index_fill_(0, lowest, False).view_as(block))
+            removed = target
+        errors = torch.zeros_like(block)
+        for column in range(end - start):
+            if n_of_m and (start + column) % n_of_m[1] == 0:
+                group = slice(column, column + n_of_m[1])
+                scores = (block[:, group] / local.diagonal()[group]).square()
+                lowest = scores.topk(n_of_m[1] - n_of_m[0], dim=1, largest=False, sorted=False).indices
+                block_kept[:, group] = block_kept[:, group].scatter(1, lowest, False)
+            pruned = torch.where(block_kept[:, column], 0, block[:, column])  # [rows]: what is taken away
+            error = pruned / local[column, column]
+            block[:, column:] -= error[:, None] * local[column, column:]
+            block[:, column].masked_fill_(~block_kept[:, column], 0)  # exactly zero, whatever the rounding
+            errors[:, column] = error
+        weight[:, end:] -= errors @ factor[start:end, end:]
+    return weight, kept

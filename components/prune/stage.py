@@ -1,0 +1,165 @@
+"""The walk over the model: calibrate, prune and run each block in turn, then check, measure and save."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from components.core.checkpoint import (
+    check_checkpoint,
+    check_dense,
+    check_seq_len,
+    empty_model,
+    load_model,
+    load_tokenizer,
+    save_checkpoint,
+    weight_bytes,
+    write_history,
+)
+from components.core.checks import parse_pattern
+from components.core.device import pick_device, pick_dtype
+from components.core.files import check_new, new_directory
+from components.core.mask import MASK_FILE, Mask, enforce, integrity, save_mask
+from components.core.models import local_folder, source_history
+from components.core.perplexity import perplexity
+from components.core.progress import log, log_perplexity, track
+from components.core.record import StageRecord, Stopwatch, versions
+from components.core.tokens import load_blocks
+from components.prune.calibration import Batch, advance, hessians, record
+from components.prune.config import PruneConfig
+from components.prune.magnitude import magnitude
+from components.prune.sparsegpt import sparsegpt
+from components.prune.structure import check_blocks, find_blocks, linears
+
+
+def run(config: PruneConfig) -> StageRecord:
+    """Prune a checkpoint and write the sparse one with its mask and record.
+
+    Raises:
+        ValueError: a setting does not fit the model or the text; before any heavy work.
+        SparsityError: the result is not what was asked for.
+    """
+    watch = Stopwatch()
+    device = pick_device()
+    folder = local_folder(config.model_id)
+    check_model(config, folder)
+    tokenizer = load_tokenizer(folder, config.trust_remote_code)
+    calibration = load_blocks(
+        "calibration_data",
+        config.calibration_data,
+        "calibration",
+        tokenizer,
+        config.seq_len,
+        config.nsamples,
+        config.seed,
+    )
+    evaluation = None
+    if not config.skip_ppl_eval:
+        evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
+
+    model = load_model(folder, pick_dtype(config.dtype, device), device, config.trust_remote_code)
+    result = StageRecord("prune", asdict(config), versions=versions())
+    if evaluation:
+        result.measured["perplexity_before"] = perplexity(model, evaluation.ids)
+        log_perplexity("before_pruning", result.measured["perplexity_before"])
+    mask, layers = prune_model(model, calibration.ids, config)
+    result.sparse_integrity_check = integrity(dict(model.named_parameters()), mask)
+    enforce(result.sparse_integrity_check)
+    if evaluation:
+        result.measured["perplexity"] = perplexity(model, evaluation.ids)
+        result.measured["perplexity_text"] = evaluation.fingerprint()
+        log_perplexity("after_pruning", result.measured["perplexity"])
+    result.measured["sparsity"] = mask.realised_sparsity()
+    result.measured |= watch.read()
+    result.details["layers"] = layers
+    with new_directory(config.output_dir) as scratch:
+        save_checkpoint(model, tokenizer, scratch)
+        write_history(scratch, source_history(config.model_id, folder), result)
+        save_mask(mask, config.mask_file or scratch / MASK_FILE)
+    log(f"pruned to {result.measured['sparsity']:.4f} sparsity in {result.measured['seconds']:.0f} s: {config.output_dir}")
+    return result
+
+
+def check_model(config: PruneConfig, folder: Path) -> None:
+    """Check model, lengths and disk before weights are read. Raises ValueError."""
+    model_config = check_checkpoint("model_id", folder, config.trust_remote_code)
+    check_dense("model_id", folder, model_config)
+    check_seq_len("seq_len", config.seq_len, model_config)
+    if not config.skip_ppl_eval:
+        check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
+    n_of_m = parse_pattern(config.pattern)
+    check_blocks(*find_blocks(empty_model(model_config, config.trust_remote_code)), n_of_m[1] if n_of_m else 1)
+    check_new("output_dir", config.output_dir, weight_bytes(folder))
+
+
+def prune_model(model: Any, ids: Tensor, config: PruneConfig) -> tuple[Mask, list[dict[str, Any]]]:
+    """Prune a model in place.
+
+    Args:
+        model: a causal language model.
+        ids: calibration tokens [nsamples, seq_len].
+        config: the stage's settings.
+
+    Returns:
+        (mask, one entry a linear layer: name, block, linear, sparsity, relative_error, seconds).
+    """
+    name, blocks = find_blocks(model)
+    batches = record(model, blocks, ids)
+    tensors: dict[str, Tensor] = {}
+    layers: list[dict[str, Any]] = []
+    for index, block in enumerate(track(blocks, "pruning blocks", len(blocks))):
+        prefix = f"{name}.{index}"
+        for layer_name, kept, entry in _prune_block(block, batches, index, prefix, config):
+            tensors[layer_name] = kept
+            layers.append(entry)
+    return Mask(tensors, config.pattern, config.sparsity), layers
+
+
+def _prune_block(
+    block: nn.Module, batches: list[Batch], index: int, prefix: str, config: PruneConfig
+) -> list[tuple[str, Tensor, dict[str, Any]]]:
+    """Prune one block's linears and move the calibration activations behind it."""
+    pruned: list[tuple[str, Tensor, dict[str, Any]]] = []
+    n_of_m = parse_pattern(config.pattern)
+    hessian_of = hessians(block, batches, index, prefix)
+    for linear, layer in linears(block).items():
+        start = time.monotonic()
+        hessian = hessian_of[linear]
+        if config.method == "sparsegpt":
+            weight, kept = sparsegpt(
+                layer.weight,
+                hessian,
+                config.sparsity,
+                n_of_m,
+                damping=config.damping,
+                block_size=config.block_size,
+                what=f"{prefix}.{linear}",
+            )
+        else:
+            weight, kept = magnitude(layer.weight, config.sparsity, n_of_m)
+        error = relative_error(layer.weight, weight, hessian)
+        layer.weight.data.copy_(weight)
+        name = f"{prefix}.{linear}.weight"
+        entry = {
+            "name": name,
+            "block": index,
+            "linear": linear,
+            "sparsity": 1 - int(kept.sum()) / kept.numel(),
+            "relative_error": error,
+            "seconds": round(time.monotonic() - start, 4),
+        }
+        pruned.append((name, kept.cpu(), entry))
+    advance(block, batches, index)
+    return pruned
+
+
+@torch.no_grad()
+def relative_error(dense: Tensor, sparse: Tensor, hessian: Tensor) -> float:
+    """‖WX − ŴX‖² / ‖WX‖² from the Hessian XXᵀ [in, in]; weights [out, in]."""
+    dense = dense.float()
+    change = sparse - dense
+    moved = torch.einsum("oi,oi->", change @ hessian, change)
+    return float(moved / torch.einsum("oi,oi->", dense @ hessian, dense).clamp_min(torch.finfo(torch.float32).tiny))

@@ -1,0 +1,60 @@
+"""Find what is pruned, by structure: the decoder's list of blocks and the `nn.Linear` layers inside them."""
+
+from torch import nn
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks: the outermost `nn.ModuleList` whose every entry holds `nn.Linear` layers.
+
+    Among several (a vision tower beside a decoder) the one with the most weights in linears is taken.
+
+    Returns:
+        (its name in the model, the list).
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(outer + ".") for outer in found)
+        if isinstance(module, nn.ModuleList) and not inside_another and all(linears(block) for block in module):
+            found[name] = module
+    if not found:
+        raise ValueError(
+            f"model_id must be a decoder with an nn.ModuleList of blocks that hold nn.Linear layers; "
+            f"{type(model).__name__} has none"
+        )
+    name = max(found, key=lambda key: sum(layer.weight.numel() for layer in linears(found[key]).values()))
+    return name, found[name]
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """Name within the block → linear layer, in the order of definition."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def check_blocks(name: str, blocks: nn.ModuleList, group: int = 1) -> None:
+    """Check that pruning the linears prunes the blocks, and that their rows divide into groups.
+
+    Args:
+        name: the list's name in the model, for messages.
+        blocks: the decoder blocks.
+        group: M of a pattern N:M.
+
+    Raises:
+        ValueError: a block holds a weight matrix outside `nn.Linear` (fused experts, Conv1D), which would stay dense in
+            silence; or a linear's input is not a multiple of `group`.
+    """
+    for index, block in enumerate(blocks):
+        weights = {id(layer.weight) for layer in linears(block).values()}
+        for parameter_name, parameter in block.named_parameters():
+            if parameter.ndim >= 2 and id(parameter) not in weights:
+                raise ValueError(
+                    f"model_id must keep the matrices of its blocks in nn.Linear layers; "
+                    f"{name}.{index}.{parameter_name} {list(parameter.shape)} is none"
+                )
+        for layer_name, layer in linears(block).items():
+            if layer.in_features % group:
+                raise ValueError(
+                    f"pattern needs rows that are multiples of {group}; {name}.{index}.{layer_name} has {layer.in_features}"
+                )

@@ -1,0 +1,1 @@
+"""Quantize the linear layers of a checkpoint to INT8 or FP8."""

@@ -1,0 +1,42 @@
+"""KFP wrapper of the quantize stage."""
+
+from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
+
+from components.images import gpu_pod
+
+
+@gpu_pod()
+def quantize(
+    distilled_model: Input[Model],
+    mask: Input[Artifact],
+    tokens: Input[Dataset],
+    quantized_model: Output[Model],
+    stats: Output[Artifact],
+    metrics: Output[Metrics],
+    format: str,
+    dtype: str,
+    eval_blocks: int,
+    eval_seq_len: int,
+    skip_ppl_eval: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Quantize the distilled model to one format."""
+    from components.core.record import publish
+    from components.quantize.config import QuantizeConfig
+    from components.quantize.stage import run
+
+    record = run(
+        QuantizeConfig(
+            model_dir=distilled_model.path,
+            output_dir=quantized_model.path,
+            format=format,
+            mask_file=mask.path,
+            eval_data=tokens.path,
+            eval_blocks=eval_blocks,
+            eval_seq_len=eval_seq_len,
+            dtype=dtype,
+            skip_ppl_eval=skip_ppl_eval,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+    publish(record, metrics, stats.path)

@@ -1,0 +1,102 @@
+"""Quantize, save, load again as any user would, and check and measure what was loaded."""
+
+import importlib.util
+from dataclasses import asdict
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from components.core.checkpoint import (
+    check_checkpoint,
+    check_dense,
+    check_seq_len,
+    empty_model,
+    load_model,
+    load_tokenizer,
+    read_history,
+    save_checkpoint,
+    weight_bytes,
+    write_history,
+)
+from components.core.device import pick_device, pick_dtype
+from components.core.files import check_new, new_directory
+from components.core.mask import Mask, check_fits, enforce, integrity, load_mask, weight_shapes
+from components.core.perplexity import perplexity
+from components.core.progress import log, log_perplexity
+from components.core.record import StageRecord, Stopwatch, versions
+from components.core.tokens import load_blocks
+from components.quantize.config import QuantizeConfig
+
+
+def run(config: QuantizeConfig) -> StageRecord:
+    """Quantize a checkpoint.
+
+    Raises:
+        ValueError: a setting does not fit the model or the text; before any heavy work.
+        SparsityError: a weight outside the mask is not zero in the quantized data.
+    """
+    watch = Stopwatch()
+    device = pick_device()
+    model_config = check_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
+    check_dense("model_dir", config.model_dir, model_config)
+    mask = load_mask(config.mask_file) if config.mask_file else None
+    if mask:
+        check_fits(mask, weight_shapes(empty_model(model_config, config.trust_remote_code)))
+    check_new("output_dir", config.output_dir, weight_bytes(config.model_dir))
+    method = backend(config.format)
+    tokenizer = load_tokenizer(config.model_dir, config.trust_remote_code)
+    evaluation = None
+    if not config.skip_ppl_eval:
+        check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
+        evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
+
+    model = load_model(config.model_dir, pick_dtype(config.dtype, device), device, config.trust_remote_code)
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    mask = mask or zeros(model, head)
+    log(f"quantizing to {config.format} with {method.NAME}")
+    result = StageRecord("quantize", asdict(config), versions=versions())
+    with new_directory(config.output_dir) as scratch:
+        save_checkpoint(method.quantize(model, config.format, head), tokenizer, scratch)
+        del model
+        quantized = load_model(scratch, pick_dtype(config.dtype, device), device, config.trust_remote_code)
+        data = {name: method.stored(quantized.get_submodule(name.removesuffix(".weight"))) for name in mask.tensors}
+        result.sparse_integrity_check = integrity(data, mask)
+        enforce(result.sparse_integrity_check)
+        if evaluation:
+            result.measured["perplexity"] = perplexity(quantized, evaluation.ids)
+            result.measured["perplexity_text"] = evaluation.fingerprint()
+            log_perplexity("after_quantization", result.measured["perplexity"])
+        result.measured |= {"sparsity": mask.realised_sparsity(), "backend": method.NAME, **watch.read()}
+        write_history(scratch, read_history(config.model_dir), result)
+    log(f"quantized to {config.format}, {result.measured['bytes'] / 1e6:.0f} MB: {config.output_dir}")
+    return result
+
+
+def backend(format: str) -> ModuleType:
+    """optimum-quanto where it is installed; else compressed-tensors, which does int8 only.
+
+    Raises:
+        ValueError: fp8 without optimum-quanto.
+    """
+    if importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
+        from components.quantize import with_quanto
+
+        return with_quanto
+    if format != "int8":
+        raise ValueError(f"format must be int8 where optimum-quanto is not installed, got {format}: pip install optimum-quanto")
+    from components.quantize import with_compressed_tensors
+
+    return with_compressed_tensors
+
+
+@torch.no_grad()
+def zeros(model: Any, head: str) -> Mask:
+    """The mask of a model's present zeros, in all linears but the head."""
+    tensors: dict[str, Tensor] = {
+        f"{name}.weight": (module.weight != 0).cpu()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != head
+    }
+    return Mask(tensors)

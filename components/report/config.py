@@ -1,0 +1,49 @@
+"""Settings of the report stage."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.core.checks import given
+from components.core.files import check_new
+
+RECORD_FILES = "*_stats.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write one HTML page about a compressed model from its stages' records."""
+
+    records: list[str]
+    """Records of stages (<stage>_stats.json) or folders that hold them, such as checkpoints; each counts once."""
+    output_dir: str
+    """Folder to create: report.html, summary.json."""
+    title: str = "Model compression report"
+    """Heading of the page."""
+
+    def __post_init__(self) -> None:
+        given("output_dir", self.output_dir)
+        given("title", self.title)
+        record_files(self.records)
+        check_new("output_dir", self.output_dir)
+
+
+def record_files(records: list[str]) -> list[Path]:
+    """The files that `records` name, in that order, each once; those of a folder by name.
+
+    Raises:
+        ValueError: no records at all, no such file, or a folder without any.
+    """
+    if not records:
+        raise ValueError(f"records must name at least one record, got {records}")
+    files: dict[Path, None] = {}
+    for record in records:
+        given("records", record)
+        path = Path(record)
+        found = sorted(path.glob(RECORD_FILES)) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"records must name files or folders that hold {RECORD_FILES}, got {record}")
+        for file in found:
+            if not file.is_file():
+                raise ValueError(f"records must name existing files or folders, got {file}")
+            files[file.resolve()] = None
+    return list(files)

@@ -1,0 +1,149 @@
+"""The page: a Jinja2 template filled with what the summary, the records and the plots say.
+
+Every value is escaped by the template engine; the SVG of the plots, whose text matplotlib has escaped, is let through.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from components.core.record import StageRecord
+from components.report import text
+from components.report.plots import Plot
+from components.report.summary import Row, Summary, comparable
+
+TEMPLATE = "page.html.j2"
+TENSORS = 20  # violated ones that are named
+
+
+@dataclass(frozen=True)
+class Card:
+    """One headline number. `tone` is `good`, `bad` or empty."""
+
+    label: str
+    value: str
+    note: str
+    tone: str = ""
+
+
+def render(title: str, source: dict[str, Any], records: list[StageRecord], summary: Summary, plots: list[Plot]) -> str:
+    """Fill the template.
+
+    Args:
+        title: heading of the page.
+        source: `model_id` and `revision`, or None for what is not known.
+        records: in the order to be shown.
+        summary: rows and headline.
+        plots: figures to show; may be empty.
+    """
+    environment = Environment(
+        loader=PackageLoader("components.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        name: getattr(text, name) for name in ("perplexity", "percent", "size", "duration", "large", "plain", "measure")
+    }
+    return environment.get_template(TEMPLATE).render(
+        title=title,
+        source=source,
+        cards=cards(summary),
+        rows=summary.rows,
+        final=summary.final,
+        notes={row.name: _notes(row, summary) for row in summary.rows},
+        texts_differ=len({row.perplexity_text for row in summary.rows if row.perplexity is not None}) > 1,
+        plots=plots,
+        records=list(zip(records, _headings(records), strict=True)),
+        violated=violated,
+        versions=package_versions(records),
+    )
+
+
+def cards(summary: Summary) -> list[Card]:
+    """The four headline numbers."""
+    dense, final, sparse = summary.dense, summary.final, summary.sparse()
+    ratio = summary.compression_ratio()
+    sizes = [text.size(row.bytes if row else None) for row in (dense, final)]
+    return [
+        Card(
+            "Compression",
+            f"{ratio:.2f}×" if ratio else text.DASH,
+            f"{sizes[0]} → {sizes[1]} ({final.name})" if ratio and final else "",
+        ),
+        Card(
+            "Sparsity",
+            text.percent(sparse.sparsity if sparse else None),
+            f"of the weights in pruned layers ({sparse.name})" if sparse else "",
+        ),
+        _perplexity_card(dense, final),
+        _integrity_card(summary.rows),
+    ]
+
+
+def _perplexity_card(dense: Row | None, final: Row | None) -> Card:
+    before, after = (row.perplexity if row else None for row in (dense, final))
+    if before is None and after is None:
+        return Card("Perplexity", text.DASH, "not measured")
+    value = f"{text.perplexity(before)} → {text.perplexity(after)}"
+    note = f"dense → {final.name}" if final else "dense"
+    if dense and final and before and after:
+        note += f", {text.change(after, before)}" if comparable(dense, final) else ", on different texts"
+    return Card("Perplexity", value, note)
+
+
+def _integrity_card(rows: list[Row]) -> Card:
+    checked = [row for row in rows if row.integrity]
+    failed = [row.name for row in checked if row.integrity and not row.integrity["passed"]]
+    if failed:
+        return Card("Sparsity check", "failed", "in " + ", ".join(failed), "bad")
+    if checked:
+        return Card(
+            "Sparsity check", "passed", "pruned weights are zero: " + ", ".join(row.name for row in checked), "good"
+        )
+    return Card("Sparsity check", text.DASH, "not run")
+
+
+def _notes(row: Row, summary: Summary) -> dict[str, str]:
+    """Small print under a row's numbers: how it compares with the dense model, memory of the GPU."""
+    notes = {"perplexity": "", "bytes": "", "memory": ""}
+    dense = summary.dense
+    if dense and row is not dense:
+        if comparable(row, dense) and row.perplexity is not None and dense.perplexity:
+            notes["perplexity"] = text.change(row.perplexity, dense.perplexity)
+        if row.bytes and dense.bytes and row.bytes < 0.995 * dense.bytes:
+            notes["bytes"] = f"{dense.bytes / row.bytes:.2f}× smaller"
+    if row.peak_gpu_memory_bytes is not None:
+        notes["memory"] = f"GPU {text.size(row.peak_gpu_memory_bytes)}"
+    return notes
+
+
+def _headings(records: list[StageRecord]) -> list[str]:
+    """What to call each record: its stage, and its format if it is quantized."""
+    return [
+        f"{record.stage} {text.plain(record.parameters.get('format'))}" if record.stage == "quantize" else record.stage
+        for record in records
+    ]
+
+
+def violated(record: StageRecord) -> dict[str, Any]:
+    """Tensor → what is wrong with it, of a failed sparse integrity check; the first few of many."""
+    tensors = (record.sparse_integrity_check or {}).get("tensors")
+    return dict(list(tensors.items())[:TENSORS]) if isinstance(tensors, dict) else {}
+
+
+def package_versions(records: list[StageRecord]) -> dict[str, str]:
+    """Package → its version; each version with its stages where the stages differ."""
+    stages: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for record, heading in zip(records, _headings(records), strict=True):
+        for package, version in record.versions.items():
+            stages[package][str(version)].append(heading)
+    return {
+        package: next(iter(found))
+        if len(found) == 1
+        else "; ".join(f"{version} ({', '.join(where)})" for version, where in found.items())
+        for package, found in sorted(stages.items())
+    }

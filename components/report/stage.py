@@ -1,0 +1,78 @@
+"""Load the records, put them in order, write the page and its numbers."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from components.core.files import new_directory, write_json
+from components.core.progress import log
+from components.core.record import StageRecord, Stopwatch, versions
+from components.report.config import ReportConfig, record_files
+from components.report.page import render
+from components.report.plots import draw
+from components.report.summary import order, summarize
+
+PAGE_FILE = "report.html"
+SUMMARY_FILE = "summary.json"
+
+
+def run(config: ReportConfig) -> StageRecord:
+    """Write `report.html` and `summary.json`.
+
+    Raises:
+        ValueError: a file is no record.
+    """
+    watch = Stopwatch()
+    files = record_files(config.records)
+    records = order(load(files))
+    summary = summarize(records)
+    source = find_source(records, files)
+    page = render(config.title, source, records, summary, draw(records, summary))
+    with new_directory(config.output_dir) as scratch:
+        # a lone surrogate in some record must not cost the whole page
+        (scratch / PAGE_FILE).write_text(page, encoding="utf-8", errors="replace")
+        write_json(scratch / SUMMARY_FILE, {"title": config.title, **source, **summary.as_json()})
+    log(f"report of {len(records)} records: {Path(config.output_dir) / PAGE_FILE}")
+    return StageRecord("report", asdict(config), {**summary.measured(), **watch.read()}, versions=versions())
+
+
+def load(files: list[Path]) -> list[StageRecord]:
+    """Read records; one that travelled in two folders counts once.
+
+    Raises:
+        ValueError: a file is no record, or a part of it has the wrong type; names both.
+    """
+    records: list[StageRecord] = []
+    for file in files:
+        record = StageRecord.load(file)
+        if not isinstance(record.stage, str):
+            raise ValueError(f"{file} must be a stage record: stage must be text, got {record.stage!r}")
+        for name in ("parameters", "measured", "versions", "details"):
+            if not isinstance(getattr(record, name), dict):
+                raise ValueError(
+                    f"{file} must be a stage record: {name} must be an object, got {getattr(record, name)!r}"
+                )
+        if not isinstance(record.sparse_integrity_check, dict | None):
+            raise ValueError(f"{file} must be a stage record: sparse_integrity_check must be an object or null")
+        if record not in records:
+            records.append(record)
+    return records
+
+
+def find_source(records: list[StageRecord], files: list[Path]) -> dict[str, Any]:
+    """`model_id` and `revision` of the dense model; None where nothing says so.
+
+    The fetch record knows both. Without it, a checkpoint's history beside a record does; at last, what prune was given.
+    """
+    # imported here as it brings the whole of transformers, for a constant and a JSON file
+    from components.core.checkpoint import HISTORY_FILE, read_history
+
+    known = [record.parameters for record in records if record.stage == "fetch"]
+    known += [read_history(file.parent)["source"] for file in files if (file.parent / HISTORY_FILE).is_file()]
+    known += [record.parameters for record in records if record.stage == "prune"]
+    named = [source for source in known if isinstance(source, dict) and source.get("model_id")]
+    revisions = [source["revision"] for source in named if source.get("revision")]
+    return {
+        "model_id": str(named[0]["model_id"]) if named else None,
+        "revision": str(revisions[0]) if revisions else None,
+    }

@@ -1,0 +1,155 @@
+"""What the report says in numbers: one row for each model or stage, and the headline.
+
+Whatever a record lacks stays None. Two perplexities are compared only if they were measured on the same text.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from components.core.record import StageRecord
+
+ORDER = ("fetch", "prune", "distill", "quantize")
+MODEL_NAMES = {"fetch": "dense", "prune": "pruned", "distill": "distilled"}
+TOO_LARGE = 1e300  # beyond this, a JSON number is a broken measurement rather than a value to print
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: `dense`, `pruned`, `distilled`, a format such as `int8`, or another stage's own name; unique in a report.
+        stage: the stage that measured it.
+        perplexity_text: fingerprint of the text behind `perplexity`.
+        sparsity: share of weights that are zero, in [0, 1].
+        bytes: the weights on disk.
+        seconds, peak_memory_bytes, peak_gpu_memory_bytes: what the stage took.
+        integrity: `passed`, `violations`, `max_abs` of the stage's sparse integrity check.
+    """
+
+    name: str
+    stage: str
+    perplexity: float | None = None
+    perplexity_text: str | None = None
+    sparsity: float | None = None
+    bytes: float | None = None
+    seconds: float | None = None
+    peak_memory_bytes: float | None = None
+    peak_gpu_memory_bytes: float | None = None
+    integrity: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Rows in the order of the pipeline, and which of them the headline is about.
+
+    Attributes:
+        dense: the model that the run began with.
+        final: the smallest quantized model, else the last sparse one.
+    """
+
+    rows: list[Row]
+    dense: Row | None
+    final: Row | None
+
+    def compression_ratio(self) -> float | None:
+        """Bytes of the dense model for each byte of the smallest quantized one."""
+        if self.dense and self.final and self.final.stage == "quantize" and self.dense.bytes and self.final.bytes:
+            return self.dense.bytes / self.final.bytes
+        return None
+
+    def sparse(self) -> Row | None:
+        """The final model if its sparsity was measured, else the last one before it that has one."""
+        if self.final and self.final.sparsity is not None:
+            return self.final
+        known = [row for row in self.rows if row.stage in ("prune", "distill") and row.sparsity is not None]
+        return known[-1] if known else None
+
+    def measured(self) -> dict[str, float]:
+        """The headline as scalars: `compression_ratio`, `sparsity`, `perplexity_<row>`; those that are known."""
+        sparse = self.sparse()
+        scalars = {"compression_ratio": self.compression_ratio(), "sparsity": sparse.sparsity if sparse else None}
+        scalars |= {f"perplexity_{row.name}": row.perplexity for row in self.rows}
+        return {name: value for name, value in scalars.items() if value is not None}
+
+    def as_json(self) -> dict[str, Any]:
+        """`measured` and `rows`, as in summary.json."""
+        return {"measured": self.measured(), "rows": [asdict(row) for row in self.rows]}
+
+
+def order(records: list[StageRecord]) -> list[StageRecord]:
+    """Sort records by the pipeline: fetch, prune, distill, quantize by format, then others as they were given."""
+
+    def key(record: StageRecord) -> tuple[int, str]:
+        position = ORDER.index(record.stage) if record.stage in ORDER else len(ORDER)
+        return position, str(record.parameters.get("format", "")) if record.stage == "quantize" else ""
+
+    return sorted(records, key=key)
+
+
+def summarize(records: list[StageRecord]) -> Summary:
+    """Make the rows from ordered records; the dense model's perplexity is the one that prune measured beforehand."""
+    rows: list[Row] = []
+    prune = next((record for record in records if record.stage == "prune"), None)
+    before = _perplexity(prune, "perplexity_before") if prune else {}
+    if before and not any(record.stage == "fetch" for record in records):
+        rows.append(Row(name="dense", stage="prune", **before))  # no fetch: its other columns are unknown
+    for record in records:
+        measured = _perplexity(record, "perplexity")
+        perplexity = measured or before if record.stage == "fetch" else measured
+        rows.append(_row(record, _unique(_model_name(record), rows), perplexity))
+    dense = next((row for row in rows if row.name == "dense"), None)
+    return Summary(rows, dense, _final(rows))
+
+
+def comparable(row: Row, other: Row) -> bool:
+    """Whether both rows have a perplexity and both are of the same text."""
+    return None not in (row.perplexity, other.perplexity) and row.perplexity_text == other.perplexity_text
+
+
+def number(value: Any) -> float | None:
+    """`value` if it is a finite number, else None."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < TOO_LARGE
+    return value if usable else None
+
+
+def _model_name(record: StageRecord) -> str:
+    if record.stage == "quantize":
+        return str(record.parameters.get("format") or "quantized")
+    return MODEL_NAMES.get(record.stage, record.stage)
+
+
+def _unique(name: str, rows: list[Row]) -> str:
+    taken = {row.name for row in rows}
+    count, candidate = 1, name
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
+
+
+def _perplexity(record: StageRecord, key: str) -> dict[str, Any]:
+    """`perplexity` and `perplexity_text` of a record; empty if it was not measured."""
+    value, text = number(record.measured.get(key)), record.measured.get("perplexity_text")
+    return {} if value is None else {"perplexity": value, "perplexity_text": None if text is None else str(text)}
+
+
+def _row(record: StageRecord, name: str, perplexity: dict[str, Any]) -> Row:
+    names = ("sparsity", "bytes", "seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")
+    measured: dict[str, Any] = {key: number(record.measured.get(key)) for key in names}
+    return Row(name=name, stage=record.stage, integrity=_integrity(record), **measured, **perplexity)
+
+
+def _integrity(record: StageRecord) -> dict[str, Any] | None:
+    check = record.sparse_integrity_check
+    if check is None or not isinstance(check.get("passed"), bool):
+        return None
+    return {"passed": check["passed"]} | {key: number(check.get(key)) for key in ("violations", "max_abs")}
+
+
+def _final(rows: list[Row]) -> Row | None:
+    quantized = [row for row in rows if row.stage == "quantize"]
+    if quantized:
+        return min(quantized, key=lambda row: row.bytes or TOO_LARGE)
+    sparse = [row for row in rows if row.stage in ("prune", "distill") and row.name != "dense"]
+    return sparse[-1] if sparse else None

@@ -1,0 +1,1 @@
+"""Name the exact versions of model and text, without fetching them."""

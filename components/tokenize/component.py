@@ -1,0 +1,45 @@
+"""KFP wrapper of the tokenize stage."""
+
+from kfp.dsl import Dataset, Input, Metrics, Model, Output
+
+from components.images import cpu_pod
+
+
+@cpu_pod()
+def tokenize(
+    dense_model: Input[Model],
+    tokens: Output[Dataset],
+    metrics: Output[Metrics],
+    train_data: str,
+    eval_data: str,
+    train_revision: str,
+    eval_revision: str,
+    nsamples: int,
+    seq_len: int,
+    eval_blocks: int,
+    eval_seq_len: int,
+    seed: int,
+    trust_remote_code: bool,
+) -> None:
+    """Cut the texts into blocks of token ids."""
+    from components.core.record import publish
+    from components.tokenize.config import TokenizeConfig
+    from components.tokenize.stage import run
+
+    record = run(
+        TokenizeConfig(
+            model_dir=dense_model.path,
+            output_dir=tokens.path,
+            train_data=train_data,
+            eval_data=eval_data,
+            train_revision=train_revision,
+            eval_revision=eval_revision,
+            nsamples=nsamples,
+            seq_len=seq_len,
+            eval_blocks=eval_blocks,
+            eval_seq_len=eval_seq_len,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+    publish(record, metrics)

@@ -1,0 +1,47 @@
+"""Cut the three kinds of blocks and write them."""
+
+from dataclasses import asdict
+
+from components.core.checkpoint import check_checkpoint, check_seq_len, load_tokenizer
+from components.core.files import new_directory
+from components.core.progress import log
+from components.core.record import StageRecord, Stopwatch, versions
+from components.core.tokens import build_blocks, save_tokens
+from components.tokenize.config import TokenizeConfig
+
+
+def run(config: TokenizeConfig) -> StageRecord:
+    """Tokenize.
+
+    Raises:
+        ValueError: a corpus is empty or too short, or the blocks are longer than the model's positions.
+    """
+    watch = Stopwatch()
+    model_config = check_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
+    check_seq_len("seq_len", config.seq_len, model_config)
+    check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
+    tokenizer = load_tokenizer(config.model_dir, config.trust_remote_code)
+    train = ("train_data", config.train_data)
+    train_revision, eval_revision = config.train_revision or None, config.eval_revision or None
+    seq_len, seed = config.seq_len, config.seed
+    blocks = {
+        "calibration": build_blocks(*train, "calibration", tokenizer, seq_len, config.nsamples, seed, train_revision),
+        "train": build_blocks(*train, "train", tokenizer, seq_len, 0, seed, train_revision),
+        "eval": build_blocks(
+            "eval_data",
+            config.eval_data,
+            "eval",
+            tokenizer,
+            config.eval_seq_len,
+            config.eval_blocks,
+            seed,
+            eval_revision,
+        ),
+    }
+    result = StageRecord("tokenize", asdict(config), versions=versions())
+    result.measured = {f"{split}_blocks": part.ids.shape[0] for split, part in blocks.items()} | watch.read()
+    with new_directory(config.output_dir) as scratch:
+        save_tokens(blocks, scratch)
+        result.save(scratch / "tokenize_stats.json")
+    log(f"tokenized: {', '.join(f'{part.ids.shape[0]} {split} blocks' for split, part in blocks.items())}")
+    return result

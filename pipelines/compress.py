@@ -1,0 +1,235 @@
+"""The compression pipeline: resolve → fetch → tokenize → prune → distill → quantize × formats → report.
+
+Defaults come from the stages' settings, where each parameter is documented.
+"""
+
+from typing import NamedTuple
+
+from kfp import dsl
+from kfp.dsl import HTML, Artifact, PipelineTask
+
+from components.distill.component import distill
+from components.distill.config import DistillConfig
+from components.fetch.component import fetch
+from components.prune.component import prune
+from components.prune.config import PruneConfig
+from components.quantize.component import quantize
+from components.quantize.config import FORMATS
+from components.report.component import report
+from components.resolve.component import resolve
+from components.tokenize.component import tokenize
+from components.tokenize.config import TokenizeConfig
+
+MODEL_ID = "Qwen/Qwen3-0.6B"
+
+
+class Outputs(NamedTuple):
+    """What a run leaves: the report's page, and a folder with the page and its numbers."""
+
+    page: HTML
+    summary: Artifact
+
+
+def sized(task: PipelineTask, cpu: str, memory: str) -> PipelineTask:
+    """Give a task its CPU and memory, and retries with a short explicit back-off (KFP's own waits up to an hour)."""
+    task.set_cpu_limit(cpu).set_memory_limit(memory)
+    return task.set_retry(num_retries=2, backoff_duration="30s", backoff_factor=2, backoff_max_duration="5m")
+
+
+def on_gpu(task: PipelineTask, gpu_type: str, gpus: int, cpu: str, memory: str) -> PipelineTask:
+    """The same with GPUs; 0 of them runs on the CPU."""
+    return sized(task, cpu, memory).set_accelerator_type(gpu_type).set_accelerator_limit(gpus)
+
+
+@dsl.pipeline(name="compress", description="Prune, distil and quantize a language model.")
+def compress(
+    model_id: str = MODEL_ID,
+    train_data: str = TokenizeConfig.train_data,
+    eval_data: str = TokenizeConfig.eval_data,
+    sparsity: float = PruneConfig.sparsity,
+    pattern: str = PruneConfig.pattern,
+    method: str = PruneConfig.method,
+    nsamples: int = PruneConfig.nsamples,
+    seq_len: int = PruneConfig.seq_len,
+    epochs: int = DistillConfig.epochs,
+    max_steps: int = DistillConfig.max_steps,
+    batch_size: int = DistillConfig.batch_size,
+    grad_accum_steps: int = DistillConfig.grad_accum_steps,
+    learning_rate: float = DistillConfig.learning_rate,
+    warmup_ratio: float = DistillConfig.warmup_ratio,
+    alpha_kd: float = DistillConfig.alpha_kd,
+    temperature: float = DistillConfig.temperature,
+    sparse_check_eps: float = DistillConfig.sparse_check_eps,
+    fail_on_sparse_violation: bool = DistillConfig.fail_on_sparse_violation,
+    formats: list[str] = list(FORMATS),  # noqa: B006 (KFP reads it once)
+    dtype: str = PruneConfig.dtype,
+    seed: int = PruneConfig.seed,
+    eval_blocks: int = PruneConfig.eval_blocks,
+    eval_seq_len: int = PruneConfig.eval_seq_len,
+    skip_ppl_eval: bool = PruneConfig.skip_ppl_eval,
+    trust_remote_code: bool = PruneConfig.trust_remote_code,
+    gpu_type: str = "nvidia.com/gpu",
+    prune_gpus: int = 1,
+    prune_cpu: str = "4",
+    prune_memory: str = "16Gi",
+    distill_gpus: int = 1,
+    distill_cpu: str = "8",
+    distill_memory: str = "32Gi",
+    quantize_gpus: int = 1,
+    quantize_cpu: str = "4",
+    quantize_memory: str = "16Gi",
+    light_cpu: str = "2",
+    light_memory: str = "8Gi",
+) -> Outputs:
+    """Prune, distil and quantize a language model.
+
+    Args:
+        model_id: Hub id with optional @revision, folder, or builtin:smollm2-135m.
+        train_data: Corpus for calibration and training: hub dataset `name:config`, local path, or builtin:python-docs.
+        eval_data: Corpus for perplexity; may be the same, its evaluation split is read.
+        sparsity: Share of weights to remove from each linear layer, in [0, 1); for a pattern N:M it must be 1 - N/M.
+        pattern: `unstructured`, or N:M to keep N of every M neighbouring weights of a row.
+        method: Pruning method: sparsegpt or magnitude.
+        nsamples: Calibration blocks.
+        seq_len: Tokens of a calibration or training block.
+        epochs: Passes over the training blocks.
+        max_steps: Stop distilling after so many optimizer steps; 0 = no limit.
+        batch_size: Training blocks of a forward pass.
+        grad_accum_steps: Forward passes of an optimizer step.
+        learning_rate: Peak of the cosine schedule.
+        warmup_ratio: Share of the steps in which the learning rate rises.
+        alpha_kd: Weight of the distillation term in alpha_kd * KL + (1 - alpha_kd) * CE.
+        temperature: Softens both distributions of the KL.
+        sparse_check_eps: A weight outside the mask may have this magnitude at the end of distillation; 0 = exactly zero.
+        fail_on_sparse_violation: Fail if that check does; otherwise it is only recorded.
+        formats: Quantization formats: int8, fp8.
+        dtype: Number format: auto (float16 on a GPU, float32 on a CPU), float32, float16 or bfloat16.
+        seed: Seed of calibration windows and training order.
+        eval_blocks: Evaluation blocks; 0 = all.
+        eval_seq_len: Tokens of an evaluation block; published numbers use 2048.
+        skip_ppl_eval: Measure no perplexity.
+        trust_remote_code: Run Python code that comes with the model.
+        gpu_type: Resource name of the GPUs.
+        prune_gpus: GPUs of the prune stage; 0 runs it on the CPU.
+        prune_cpu: CPU limit of the prune stage.
+        prune_memory: Memory limit of the prune stage.
+        distill_gpus: GPUs of the distill stage; 0 runs it on the CPU.
+        distill_cpu: CPU limit of the distill stage.
+        distill_memory: Memory limit of the distill stage.
+        quantize_gpus: GPUs of each quantize stage; 0 runs it on the CPU.
+        quantize_cpu: CPU limit of each quantize stage.
+        quantize_memory: Memory limit of each quantize stage.
+        light_cpu: CPU limit of resolve, fetch, tokenize and report.
+        light_memory: Memory limit of resolve, fetch, tokenize and report.
+
+    Returns:
+        The report's page, and a folder with the page and its numbers.
+    """
+    resolved = sized(resolve(model_id=model_id, train_data=train_data, eval_data=eval_data), light_cpu, light_memory)
+    resolved.set_caching_options(False)  # it looks whether something changed; all behind it is keyed by its answer
+    fetched = sized(
+        fetch(
+            model_id=resolved.outputs["model_id"],
+            revision=resolved.outputs["model_revision"],
+            trust_remote_code=trust_remote_code,
+        ),
+        light_cpu,
+        light_memory,
+    )
+    tokenized = sized(
+        tokenize(
+            dense_model=fetched.outputs["dense_model"],
+            train_data=train_data,
+            eval_data=eval_data,
+            train_revision=resolved.outputs["train_revision"],
+            eval_revision=resolved.outputs["eval_revision"],
+            nsamples=nsamples,
+            seq_len=seq_len,
+            eval_blocks=eval_blocks,
+            eval_seq_len=eval_seq_len,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        ),
+        light_cpu,
+        light_memory,
+    )
+    tokens = tokenized.outputs["tokens"]
+    pruned = on_gpu(
+        prune(
+            dense_model=fetched.outputs["dense_model"],
+            tokens=tokens,
+            sparsity=sparsity,
+            pattern=pattern,
+            method=method,
+            nsamples=nsamples,
+            seq_len=seq_len,
+            eval_blocks=eval_blocks,
+            eval_seq_len=eval_seq_len,
+            seed=seed,
+            dtype=dtype,
+            skip_ppl_eval=skip_ppl_eval,
+            trust_remote_code=trust_remote_code,
+        ),
+        gpu_type,
+        prune_gpus,
+        prune_cpu,
+        prune_memory,
+    )
+    distilled = on_gpu(
+        distill(
+            dense_model=fetched.outputs["dense_model"],
+            pruned_model=pruned.outputs["pruned_model"],
+            mask=pruned.outputs["mask"],
+            tokens=tokens,
+            seq_len=seq_len,
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            grad_accum_steps=grad_accum_steps,
+            learning_rate=learning_rate,
+            warmup_ratio=warmup_ratio,
+            alpha_kd=alpha_kd,
+            temperature=temperature,
+            seed=seed,
+            dtype=dtype,
+            sparse_check_eps=sparse_check_eps,
+            fail_on_sparse_violation=fail_on_sparse_violation,
+            eval_blocks=eval_blocks,
+            eval_seq_len=eval_seq_len,
+            skip_ppl_eval=skip_ppl_eval,
+            trust_remote_code=trust_remote_code,
+        ),
+        gpu_type,
+        distill_gpus,
+        distill_cpu,
+        distill_memory,
+    )
+    with dsl.ParallelFor(formats) as format:
+        quantized = on_gpu(
+            quantize(
+                distilled_model=distilled.outputs["distilled_model"],
+                mask=pruned.outputs["mask"],
+                tokens=tokens,
+                format=format,
+                dtype=dtype,
+                eval_blocks=eval_blocks,
+                eval_seq_len=eval_seq_len,
+                skip_ppl_eval=skip_ppl_eval,
+                trust_remote_code=trust_remote_code,
+            ),
+            gpu_type,
+            quantize_gpus,
+            quantize_cpu,
+            quantize_memory,
+        )
+    reported = sized(
+        report(
+            fetched=fetched.outputs["stats"],
+            pruned=pruned.outputs["stats"],
+            distilled=distilled.outputs["stats"],
+            quantized=dsl.Collected(quantized.outputs["stats"]),
+        ),
+        light_cpu,
+        light_memory,
+    )
+    return Outputs(page=reported.outputs["page"], summary=reported.outputs["summary"])

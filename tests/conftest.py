@@ -1,0 +1,77 @@
+"""Tiny random models, a tokenizer and text, made in the test: no network, no hub, seconds."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+
+VOCABULARY = 256
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def tiny_model(kind: str = "llama", tied: bool = False, seed: int = 0):
+    """A random causal language model of two blocks."""
+    torch.manual_seed(seed)
+    config_class = {"llama": LlamaConfig, "qwen3": Qwen3Config}[kind]
+    model = AutoModelForCausalLM.from_config(config_class(**SMALL, tie_word_embeddings=tied))
+    # larger weights than the usual initialisation: predictions that differ from uniform make differences visible
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: one token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={sign: index for index, sign in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def save_tiny(folder: Path, kind: str = "llama", tied: bool = False, seed: int = 0) -> Path:
+    """A tiny checkpoint folder."""
+    tiny_model(kind, tied, seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny dense checkpoint; not to be changed."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "dense", "qwen3", tied=True)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with train.txt and test.txt; not to be changed."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+    for split, seed in (("train", 1), ("test", 2)):
+        order = torch.randint(len(words), (3000,), generator=torch.Generator().manual_seed(seed)).tolist()
+        (folder / f"{split}.txt").write_text(" ".join(words[index] for index in order))
+    return folder
+
+
+@pytest.fixture(params=[("llama", False), ("llama", True), ("qwen3", False), ("qwen3", True)], ids=str)
+def model(request):
+    """Each shape of tiny model in turn: Llama and Qwen3, untied and tied."""
+    return tiny_model(*request.param)

@@ -1,0 +1,94 @@
+"""The whole pipeline on a tiny random model under kfp.local, as `pipelines/run.py` runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import save_tiny
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--nsamples", "4", "--seq_len", "32", "--eval_blocks", "4", "--eval_seq_len", "32", "--max_steps", "4"]
+SMALL += ["--batch_size", "2", "--grad_accum_steps", "1", "--learning_rate", "1e-3"]
+
+
+def run(*flags, folder):
+    """Run the pipeline in `folder`; no terminal, no hub."""
+    command = [sys.executable, str(ROOT / "pipelines" / "run.py"), *map(str, flags)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("run")
+    save_tiny(folder / "dense", "qwen3", tied=True)
+    data = ["--train_data", corpus, "--eval_data", corpus]
+    return folder, run("--model_id", "dense", "--run_dir", "artifacts", *data, *SMALL, folder=folder)
+
+
+def test_the_run_ends_with_the_table_and_the_report(finished):
+    folder, done = finished
+    assert done.returncode == 0, done.stdout + done.stderr
+    closing = done.stdout[done.stdout.rindex("Compressed") :]
+    for stage in ("dense", "pruned", "distilled", "int8", "fp8"):
+        assert stage in closing
+    page = Path(closing.split("report:")[1].strip())
+    assert page.is_relative_to(folder / "artifacts")
+    assert "<html" in page.read_text()
+
+
+def test_the_log_has_the_lines_people_look_for(finished):
+    _, done = finished
+    for line in (
+        "[PPL] before_pruning=",
+        "[PPL] after_pruning=",
+        "[PPL] finetune_start=",
+        "[PPL] epoch=1 eval_ppl=",
+        "[PPL] after_quantization=",
+    ):
+        assert line in done.stdout
+
+
+def test_a_log_without_a_terminal_has_no_control_characters(finished):
+    _, done = finished
+    assert not [line for line in (done.stdout + done.stderr).splitlines() if "\x1b" in line or "\r" in line]
+
+
+def test_sparsity_holds_to_the_end(finished):
+    folder, _ = finished
+    rows = json.loads(next(folder.glob("artifacts/*/report*/**/summary.json")).read_text())["rows"]
+    sparse = [row["sparsity"] for row in rows if row["name"] != "dense"]
+    assert len(sparse) == 4
+    assert all(abs(sparsity - 0.7) < 1e-3 for sparsity in sparse)
+
+
+def test_the_distilled_model_loads_with_no_code_of_ours(finished):
+    folder, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(next(folder.glob("artifacts/*/distill*/distilled_model")))
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert (weight == 0).float().mean() == pytest.approx(0.7, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sparsity", "1.3"], "sparsity must be in [0, 1), got 1.3"),
+        (["--formats", "int8", "int3"], "format must be one of int8, fp8, got 'int3'"),
+        (["--learning_rate", "0"], "learning_rate must be above 0, got 0.0"),
+        (["--model_id", "./missing"], "model_id must be an existing folder"),
+        (["--train_data", "missing.txt"], "train_data must be an existing file"),
+        (["--eval_seq_len", "1"], "eval_seq_len must be at least 2, got 1"),
+    ],
+)
+def test_bad_input_ends_at_once_with_one_line(tmp_path, corpus, flags, message):
+    done = run("--model_id", "builtin:smollm2-135m", "--train_data", corpus, "--eval_data", corpus, *flags, folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,96 @@
+"""The chunked loss against a plain formula and autograd."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from components.distill import loss as loss_module
+from components.distill.loss import IGNORED, distillation_loss, next_token_labels
+
+
+def case(tokens: int = 37, width: int = 16, vocabulary: int = 51, bias: bool = False):
+    torch.manual_seed(0)
+    return {
+        "student_hidden": torch.randn(tokens, width, dtype=torch.float32, requires_grad=True),
+        "student_head": nn.Linear(width, vocabulary, bias=bias),
+        "teacher_hidden": torch.randn(tokens, 24),
+        "teacher_head": nn.Linear(24, vocabulary, bias=False),
+        "labels": torch.randint(vocabulary, (tokens,)),
+    }
+
+
+def plain(student_hidden, student_head, teacher_hidden, teacher_head, labels, alpha, temperature):
+    """The formula as it is written, on whole logits."""
+    keep = labels != IGNORED
+    student = student_head(student_hidden)[keep].float()
+    teacher = teacher_head(teacher_hidden)[keep].float()
+    soft_student = functional.log_softmax(student / temperature, -1)
+    soft_teacher = functional.log_softmax(teacher / temperature, -1)
+    kl = functional.kl_div(soft_student, soft_teacher, log_target=True, reduction="batchmean")
+    ce = functional.cross_entropy(student, labels[keep])
+    return alpha * temperature**2 * kl + (1 - alpha) * ce
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_the_plain_formula_with_its_gradient(monkeypatch, alpha, temperature, bias):
+    monkeypatch.setattr(loss_module, "TOKENS_A_CHUNK", 8)  # several chunks, the last one short
+    inputs = case(bias=bias)
+    inputs["labels"][[0, 5, 36]] = IGNORED
+    wanted = plain(**inputs, alpha=alpha, temperature=temperature)
+    (wanted_gradient,) = torch.autograd.grad(wanted, inputs["student_hidden"])
+    found, kd, ce = distillation_loss(**inputs, alpha_kd=alpha, temperature=temperature)
+    (2 * found).backward()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(inputs["student_hidden"].grad, 2 * wanted_gradient, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(alpha * kd + (1 - alpha) * ce, found)
+    assert inputs["student_head"].weight.grad is None
+
+
+def test_the_gradient_is_right_by_finite_differences():
+    inputs = case(tokens=3, width=4, vocabulary=7)
+    inputs = {name: value.double() if name != "labels" else value for name, value in inputs.items()}
+    hidden = inputs.pop("student_hidden").detach()
+    found = torch.zeros_like(hidden)
+    for place in [(0, 1), (2, 3)]:
+        for sign in (1, -1):
+            moved = hidden.clone()
+            moved[place] += sign * 1e-2
+            found[place] += sign * distillation_loss(moved, **inputs, alpha_kd=0.6, temperature=1.5)[0].item() / 2e-2
+    hidden.requires_grad_()
+    distillation_loss(hidden, **inputs, alpha_kd=0.6, temperature=1.5)[0].backward()
+    for place in [(0, 1), (2, 3)]:
+        assert hidden.grad[place].item() == pytest.approx(found[place].item(), rel=1e-2, abs=1e-5)
+
+
+def test_a_teacher_like_the_student_leaves_nothing_to_distil():
+    inputs = case()
+    inputs |= {"teacher_hidden": inputs["student_hidden"].detach(), "teacher_head": inputs["student_head"]}
+    found, kd, _ = distillation_loss(**inputs, alpha_kd=1.0, temperature=1.0)
+    found.backward()
+    assert abs(kd.item()) < 1e-6
+    assert inputs["student_hidden"].grad.abs().max() < 1e-7
+
+
+def test_no_labels_give_zero_with_a_live_graph():
+    inputs = case()
+    inputs["labels"].fill_(IGNORED)
+    found, _, _ = distillation_loss(**inputs, alpha_kd=0.5, temperature=1.0)
+    found.backward()
+    assert found.item() == 0
+    assert (inputs["student_hidden"].grad == 0).all()
+
+
+def test_half_precision_hidden_states_keep_small_gradients():
+    """Gradients are scaled up in float32 before they become float16, where they would be 0."""
+    inputs = {name: value.half() if name != "labels" else value for name, value in case(tokens=4).items()}
+    inputs["student_hidden"] = inputs["student_hidden"].detach().requires_grad_()
+    found, _, _ = distillation_loss(**inputs, alpha_kd=0.5, temperature=1.0)
+    (found * 1e-9 * 2**20).backward()
+    assert inputs["student_hidden"].grad.abs().max() > 0
+
+
+def test_labels_are_the_next_tokens():
+    assert next_token_labels(torch.tensor([[4, 5, 6]])).tolist() == [[5, 6, IGNORED]]

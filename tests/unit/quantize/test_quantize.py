@@ -1,0 +1,111 @@
+"""Quantized checkpoints: reload in a fresh process, zeros, both backends."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from components.core.checkpoint import load_model, read_history
+from components.core.mask import Mask, SparsityError, save_mask
+from components.quantize import stage
+from components.quantize.config import QuantizeConfig
+from components.quantize.stage import run
+from tests.conftest import save_tiny
+
+CPU = torch.device("cpu")
+COMMON = {"eval_blocks": 4, "eval_seq_len": 32}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def sparse(request, tmp_path_factory):
+    """A tiny checkpoint with half of its weights zero, among them a whole row."""
+    folder = save_tiny(tmp_path_factory.mktemp("quantize") / "sparse", "qwen3", request.param)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "layers" in name:
+                parameter.mul_(torch.rand(parameter.shape, generator=generator) < 0.5)
+                parameter[3] = 0
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def no_quanto(monkeypatch):
+    """A machine without optimum-quanto."""
+    real = stage.importlib.util.find_spec
+    monkeypatch.setattr(stage.importlib.util, "find_spec", lambda name: None if name.startswith("optimum") else real(name))
+
+
+def check(folder, dense, record, corpus):
+    """The reloaded model is close to the dense one, and a fresh process measures the same perplexity."""
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        wanted = load_model(dense, torch.float32, CPU)(input_ids=ids).logits
+        found = load_model(folder, torch.float32, CPU)(input_ids=ids).logits
+    assert torch.isfinite(found).all()
+    assert (found - wanted).norm() / wanted.norm() < 0.1
+    assert not torch.equal(found, wanted)
+    command = [sys.executable, "-m", "components.evaluate", "--model_dir", str(folder), "--eval_data", str(corpus)]
+    command += ["--eval_blocks", "4", "--eval_seq_len", "32"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert f"[PPL] perplexity={record.measured['perplexity']:.4f}" in printed
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_reloads_equal_in_a_fresh_process(sparse, corpus, tmp_path, capsys, format):
+    record = run(
+        QuantizeConfig(
+            model_dir=str(sparse), output_dir=str(tmp_path / "out"), format=format, eval_data=str(corpus), **COMMON
+        )
+    )
+    assert f"[PPL] after_quantization={record.measured['perplexity']:.4f}" in capsys.readouterr().out
+    assert record.measured["backend"] == "optimum-quanto"
+    assert record.sparse_integrity_check["passed"]
+    assert read_history(tmp_path / "out")["steps"][-1]["parameters"]["format"] == format
+    check(tmp_path / "out", sparse, record, corpus)
+
+
+def test_int8_works_without_quanto(sparse, corpus, tmp_path, no_quanto):
+    config = QuantizeConfig(model_dir=str(sparse), output_dir=str(tmp_path / "out"), eval_data=str(corpus), **COMMON)
+    record = run(config)
+    assert record.measured["backend"] == "compressed-tensors"
+    quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert quantization["quant_method"] == "compressed-tensors"
+    assert "sparsity_config" not in quantization
+    check(tmp_path / "out", sparse, record, corpus)
+
+
+def test_fp8_without_quanto_says_so(sparse, tmp_path, no_quanto):
+    with pytest.raises(ValueError, match="format must be int8.*optimum-quanto"):
+        run(QuantizeConfig(model_dir=str(sparse), output_dir=str(tmp_path / "out"), format="fp8", skip_ppl_eval=True))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_a_weight_outside_the_mask_fails_the_stage(sparse, tmp_path, format):
+    weight = AutoModelForCausalLM.from_pretrained(sparse).model.layers[0].mlp.up_proj.weight
+    kept = weight != 0
+    kept[tuple((weight.abs() == weight.abs().max()).nonzero()[0])] = False  # the mask forbids the largest
+    save_mask(Mask({"model.layers.0.mlp.up_proj.weight": kept}), tmp_path / "mask.safetensors")
+    with pytest.raises(SparsityError, match=r"1 weights are not.*up_proj"):
+        run(
+            QuantizeConfig(
+                model_dir=str(sparse),
+                output_dir=str(tmp_path / "out"),
+                format=format,
+                mask_file=str(tmp_path / "mask.safetensors"),
+                skip_ppl_eval=True,
+            )
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_model_is_not_quantized_again(sparse, tmp_path):
+    run(QuantizeConfig(model_dir=str(sparse), output_dir=str(tmp_path / "out"), skip_ppl_eval=True))
+    with pytest.raises(ValueError, match="must not be quantized"):
+        run(QuantizeConfig(model_dir=str(tmp_path / "out"), output_dir=str(tmp_path / "twice"), skip_ppl_eval=True))

@@ -1,0 +1,438 @@
+"""The report: right numbers, nothing invented, nothing from outside, the same bytes each time."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.core.record import StageRecord
+from components.report import text
+from components.report.config import ReportConfig, record_files
+from components.report.plots import POINTS, draw
+from components.report.stage import PAGE_FILE, SUMMARY_FILE, run
+from components.report.summary import order, summarize
+
+TEXT = "f" * 64
+PASSED = {"passed": True, "sparsity": 0.7, "violations": 0, "max_abs": 0.0, "eps": 0.0, "tensors": {}}
+KINDS = ("self_attn.q_proj", "mlp.down_proj")
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+Records = dict[str, dict[str, Any]]
+
+
+def full() -> Records:
+    """Records of a whole run by folder; the perplexities are the only numbers of two decimals."""
+    layers = [
+        {
+            "name": f"model.layers.{block}.{kind}.weight",
+            "block": block,
+            "linear": kind,
+            "sparsity": 0.7,
+            "relative_error": error,
+        }
+        for block in range(3)
+        for kind, error in zip(KINDS, (0.01 + block, 0.02 + block), strict=True)
+    ]
+    steps = [{"step": step, "loss": 3 / step, "kd_loss": 2 / step, "ce_loss": 4 / step} for step in range(1, 6)]
+    return {
+        "dense": {
+            "stage": "fetch",
+            "parameters": {"model_id": "some/model", "revision": "abc123"},
+            "measured": {
+                "bytes": 4_000_000,
+                "seconds": 12.0,
+                "peak_memory_bytes": 900_000_000,
+                "parameters": 1_000_000,
+            },
+            "versions": {"torch": "1.0"},
+        },
+        "sparse": {
+            "stage": "prune",
+            "parameters": {"model_id": "/somewhere/dense", "sparsity": 0.7},
+            "measured": {
+                "perplexity_before": 20.25,
+                "perplexity": 90.75,
+                "perplexity_text": TEXT,
+                "sparsity": 0.7,
+                "bytes": 4_000_000,
+                "seconds": 61.0,
+                "peak_memory_bytes": 2_000_000_000,
+            },
+            "sparse_integrity_check": PASSED,
+            "versions": {"torch": "1.0"},
+            "details": {"layers": layers},
+        },
+        "student": {
+            "stage": "distill",
+            "parameters": {"epochs": 2},
+            "measured": {
+                "perplexity_before": 90.75,
+                "perplexity": 40.5,
+                "perplexity_text": TEXT,
+                "sparsity": 0.7,
+                "bytes": 4_000_000,
+                "seconds": 3700.0,
+            },
+            "sparse_integrity_check": PASSED,
+            "versions": {"torch": "2.0"},
+            "details": {"steps": steps, "epochs": [{"epoch": 1, "eval_ppl": 50.5}, {"epoch": 2, "eval_ppl": 40.5}]},
+        },
+        "int8": {
+            "stage": "quantize",
+            "parameters": {"format": "int8"},
+            "measured": {"perplexity": 41.25, "perplexity_text": TEXT, "sparsity": 0.71, "bytes": 1_000_000},
+            "sparse_integrity_check": PASSED,
+        },
+        "fp8": {
+            "stage": "quantize",
+            "parameters": {"format": "fp8"},
+            "measured": {"perplexity": 42.25, "perplexity_text": TEXT, "sparsity": 0.72, "bytes": 1_100_000},
+            "sparse_integrity_check": PASSED,
+        },
+    }
+
+
+def as_record(record: dict[str, Any]) -> StageRecord:
+    fields: dict[str, Any] = {"parameters": {}, **record}
+    return StageRecord(**fields)
+
+
+def write(records: Records, folder: Path) -> list[str]:
+    """Write each record as a stage does, into a folder of its own; return the folders."""
+    for name, record in records.items():
+        place = folder / name
+        place.mkdir(parents=True)
+        as_record(record).save(place / f"{record['stage']}_stats.json")
+    return [str(folder / name) for name in records]
+
+
+def loaded(records: Records) -> list[StageRecord]:
+    return order([as_record(record) for record in records.values()])
+
+
+Report = Callable[[Records], tuple[str, dict[str, Any], StageRecord]]
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Report:
+    """Make a report of records: (page, summary, the stage's own record)."""
+
+    def make(records: Records) -> tuple[str, dict[str, Any], StageRecord]:
+        result = run(ReportConfig(records=write(records, tmp_path / "in"), output_dir=str(tmp_path / "out")))
+        page = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
+        return page, json.loads((tmp_path / "out" / SUMMARY_FILE).read_text()), result
+
+    return make
+
+
+class Shape(HTMLParser):
+    """Check that tags nest, and keep ids, text and attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.words.append(data.strip())
+
+
+def titles(page: str) -> list[str]:
+    return re.findall(r"<figure[^>]*>\s*<h3>(.*?)</h3>", page)
+
+
+def test_full_run_tells_every_number(report: Report) -> None:
+    # given in the wrong order: the report puts stages in the pipeline's
+    page, summary, result = report(dict(reversed(full().items())))
+
+    assert (summary["model_id"], summary["revision"]) == ("some/model", "abc123")
+    assert [row["name"] for row in summary["rows"]] == ["dense", "pruned", "distilled", "fp8", "int8"]
+    assert [row["perplexity"] for row in summary["rows"]] == [20.25, 90.75, 40.5, 42.25, 41.25]
+    assert [row["bytes"] for row in summary["rows"]] == [4_000_000, 4_000_000, 4_000_000, 1_100_000, 1_000_000]
+    assert [row["sparsity"] for row in summary["rows"]] == [None, 0.7, 0.7, 0.72, 0.71]
+    assert summary["rows"][1]["integrity"] == {"passed": True, "violations": 0, "max_abs": 0.0}
+    assert summary["measured"] == {
+        "compression_ratio": 4.0,  # of the smallest, int8
+        "sparsity": 0.71,
+        "perplexity_dense": 20.25,
+        "perplexity_pruned": 90.75,
+        "perplexity_distilled": 40.5,
+        "perplexity_fp8": 42.25,
+        "perplexity_int8": 41.25,
+    }
+    assert result.stage == "report"
+    assert {"seconds", "peak_memory_bytes"} == result.measured.keys() - summary["measured"].keys()
+    assert summary["measured"].items() <= result.measured.items()
+
+    words = Shape(page).words
+    for expected in ("4.00×", "71.0%", "20.25 → 41.25", "+103.7%", "4.00 MB", "1 h 01 min", "some/model", "abc123"):
+        assert any(expected in word for word in words), expected
+    assert "1.0 (fetch, prune); 2.0 (distill)" in words
+
+
+def test_full_run_draws_every_plot(report: Report) -> None:
+    page, _, _ = report(full())
+    assert titles(page) == [
+        "Perplexity by stage",
+        "Size by stage",
+        "Reconstruction error by layer",
+        "Sparsity by layer",
+        "Loss while distilling",
+        "Perplexity by epoch",
+    ]
+    shape = Shape(page)
+    assert len(shape.ids) == len(set(shape.ids))
+    assert {"q_proj", "down_proj", "cross-entropy", "1.00 MB"} <= set(shape.words)
+    assert "Largest: 2.02 in model.layers.2.mlp.down_proj.weight." in page
+
+
+def test_page_needs_nothing_from_outside(report: Report) -> None:
+    page, _, _ = report(full())
+    assert not re.search(r"https?:|src=|@import|url\((?!#)|//[a-z]", page)
+    assert not {"script", "link", "img", "iframe", "object", "base", "form"} & Shape(page).tags
+
+
+def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
+    folders = write(full(), tmp_path)
+    for name in ("a", "b"):
+        run(ReportConfig(records=folders, output_dir=str(tmp_path / name)))
+    for file in (PAGE_FILE, SUMMARY_FILE):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "dark", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "$x_{$", "&lt;b&gt;", "\ud800é漢\n\x07"]
+)
+def test_hostile_names_stay_text(report: Report, dark: str) -> None:
+    records = full()
+    records["dense"]["parameters"]["model_id"] = dark
+    records["int8"]["parameters"]["format"] = dark
+    records["sparse"]["details"]["layers"][0] |= {"linear": dark, "name": dark, "relative_error": 9.0}
+    records["sparse"]["parameters"][dark] = dark
+    records["sparse"]["versions"][dark] = dark
+    records["student"]["sparse_integrity_check"] = PASSED | {"passed": False, "tensors": {dark: {"violations": 1}}}
+    page, summary, _ = report(records)
+    shape = Shape(page)
+    assert not {"script", "img", "b"} & shape.tags
+    assert summary["model_id"] == dark
+    assert any(dark.replace("\ud800", "?").strip() in word for word in shape.words)
+
+
+def test_skipped_perplexity_is_a_dash(report: Report) -> None:
+    records = full()
+    for record in records.values():
+        record["measured"] = {key: value for key, value in record["measured"].items() if "perplexity" not in key}
+    records["student"]["details"]["epochs"] = []
+    page, summary, _ = report(records)
+    assert all(row["perplexity"] is None for row in summary["rows"])
+    assert not [name for name in summary["measured"] if "perplexity" in name]
+    assert "not measured" in page
+    assert not [title for title in titles(page) if "Perplexity" in title]
+
+
+def test_missing_stages(report: Report) -> None:
+    records = full()
+    page, summary, _ = report({"sparse": records["sparse"]})
+    assert [(row["name"], row["perplexity"], row["bytes"]) for row in summary["rows"]] == [
+        ("dense", 20.25, None),
+        ("pruned", 90.75, 4_000_000),
+    ]
+    assert summary["measured"] == {"sparsity": 0.7, "perplexity_dense": 20.25, "perplexity_pruned": 90.75}
+    assert "20.25 → 90.75" in page
+    assert "Loss while distilling" not in titles(page)
+
+
+def test_only_fetch(report: Report) -> None:
+    page, summary, _ = report({"dense": full()["dense"]})
+    assert summary["measured"] == {}
+    assert titles(page) == ["Size by stage"]
+
+
+def test_source_comes_from_a_checkpoints_history(tmp_path: Path) -> None:
+    (folder,) = write({"sparse": full()["sparse"]}, tmp_path)
+    history = {"format": 1, "source": {"model_id": "hub/name", "revision": "def456"}, "steps": []}
+    (Path(folder) / "compression.json").write_text(json.dumps(history))
+    run(ReportConfig(records=[folder], output_dir=str(tmp_path / "out")))
+    summary = json.loads((tmp_path / "out" / SUMMARY_FILE).read_text())
+    assert (summary["model_id"], summary["revision"]) == ("hub/name", "def456")
+
+
+def test_perplexities_of_different_texts_are_not_compared(report: Report) -> None:
+    records = full()
+    records["int8"]["measured"]["perplexity_text"] = "0" * 64
+    page, _, _ = report(records)
+    assert "on different texts" in page
+    assert "+103.7%" not in page
+    assert "Measured on another text, so not shown: int8." in page
+
+
+def test_violation_is_shown(report: Report) -> None:
+    records = full()
+    check = {"passed": False, "violations": 3, "max_abs": 0.5, "tensors": {"layer.weight": {"violations": 3}}}
+    records["student"]["sparse_integrity_check"] = check
+    page, summary, _ = report(records)
+    assert summary["rows"][2]["integrity"] == {"passed": False, "violations": 3, "max_abs": 0.5}
+    assert {"failed", "in distilled", "3 violations, largest 0.5", "layer.weight"} <= set(Shape(page).words)
+
+
+def test_unknown_stages_and_values_do_no_harm(report: Report) -> None:
+    records = full()
+    records["extra"] = {
+        "stage": "tokenize",
+        "measured": {"seconds": 2.0, "fingerprints": ["a", None]},
+        "details": {"steps": 3},
+    }
+    records["again"] = {
+        "stage": "quantize",
+        "parameters": {"format": "int8"},
+        "measured": {"bytes": "many", "sparsity": True},
+    }
+    records["sparse"]["details"] = {"layers": [None, {"block": "x"}, {}], "other": 1}
+    records["student"]["details"] = {"steps": {"a": 1}}
+    records["fp8"]["sparse_integrity_check"] = {"verdict": "?"}
+    page, summary, _ = report(records)
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert list(rows) == ["dense", "pruned", "distilled", "fp8", "int8", "int8_2", "tokenize"]
+    assert rows["tokenize"]["seconds"] == 2.0
+    assert rows["int8_2"]["bytes"] is None
+    assert rows["int8_2"]["sparsity"] is None
+    assert rows["fp8"]["integrity"] is None
+    assert titles(page) == ["Perplexity by stage", "Size by stage"]
+
+
+def test_not_finite_numbers_are_not_measurements() -> None:
+    records = full()
+    records["student"]["measured"]["perplexity"] = math.nan
+    records["int8"]["measured"]["perplexity"] = math.inf
+    rows = {row.name: row for row in summarize(loaded(records)).rows}
+    assert rows["distilled"].perplexity is None
+    assert rows["int8"].perplexity is None
+
+
+def test_long_training_is_thinned() -> None:
+    records = full()
+    records["student"]["details"] = {"steps": [{"step": step, "loss": 1.0 + step % 2} for step in range(50 * POINTS)]}
+    plots = {plot.title: plot for plot in draw(loaded(records), summarize(loaded(records)))}
+    plot = plots["Loss while distilling"]
+    assert len(plot.svg) < 40_000
+    assert "Each point is the mean of 50 steps." in plot.caption
+
+
+def test_experts_share_a_line_and_equal_endings_do_not() -> None:
+    layers = [
+        {"block": 0, "linear": linear, "sparsity": 0.5}
+        for linear in ("mlp.experts.0.up", "mlp.experts.1.up", "attn.proj", "mlp.proj")
+    ]
+    records = loaded({"sparse": {"stage": "prune", "details": {"layers": layers}}})
+    (plot,) = draw(records, summarize(records))
+    labels = {word for word in Shape(plot.svg).words if word.isidentifier() or "." in word}
+    assert {"up", "attn.proj", "mlp.proj"} <= labels
+    assert "4 layers" in plot.caption
+
+
+def test_records_name_files_or_folders_once(tmp_path: Path) -> None:
+    sparse, student = write({key: full()[key] for key in ("sparse", "student")}, tmp_path)
+    files = record_files([student, f"{sparse}/prune_stats.json", sparse, f"{tmp_path}/./student"])
+    assert [file.name for file in files] == ["distill_stats.json", "prune_stats.json"]
+
+
+def test_the_same_record_from_two_folders_counts_once(tmp_path: Path) -> None:
+    records = {"sparse": full()["sparse"], "copy": full()["sparse"]}
+    run(ReportConfig(records=write(records, tmp_path), output_dir=str(tmp_path / "out")))
+    rows = json.loads((tmp_path / "out" / SUMMARY_FILE).read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dense", "pruned"]
+
+
+def test_wrong_settings_are_refused(tmp_path: Path) -> None:
+    (good,) = write({"dense": full()["dense"]}, tmp_path)
+    (tmp_path / "empty").mkdir()
+    new = str(tmp_path / "out")
+    for records, output_dir, title, message in (
+        ([], new, "t", r"records must name at least one record, got \[\]"),
+        ([str(tmp_path / "none.json")], new, "t", "records must name existing files or folders, got .*none.json"),
+        (
+            [str(tmp_path / "empty")],
+            new,
+            "t",
+            r"records must name files or folders that hold \*_stats.json, got .*empty",
+        ),
+        ([good], str(tmp_path / "empty"), "t", "output_dir must not exist yet, got .*empty"),
+        ([good], "", "t", "output_dir must be given"),
+        ([good], new, " ", "title must be given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ReportConfig(records=records, output_dir=output_dir, title=title)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not json",
+        "[1]",
+        '{"a": 1}',
+        '{"stage": 1, "parameters": {}}',
+        '{"stage": "prune", "parameters": []}',
+        '{"stage": "prune", "parameters": {}, "measured": 3}',
+        '{"stage": "prune", "parameters": {}, "sparse_integrity_check": true}',
+    ],
+)
+def test_what_is_no_record_is_refused_and_leaves_nothing(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "prune_stats.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"prune_stats\.json must be a"):
+        run(ReportConfig(records=[str(file)], output_dir=str(tmp_path / "out")))
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_numbers_read_well() -> None:
+    assert [text.size(value) for value in (None, 0, 999, 1000, 999_600, 12_340_000, 538_090_408)] == [
+        "–",
+        "0 B",
+        "999 B",
+        "1.00 kB",
+        "1.00 MB",
+        "12.3 MB",
+        "538 MB",
+    ]
+    assert [text.duration(value) for value in (None, 0.04, 9.96, 59.6, 192, 3599.7, 3900)] == [
+        "–",
+        "0.0 s",
+        "10 s",
+        "1 min 00 s",
+        "3 min 12 s",
+        "1 h 00 min",
+        "1 h 05 min",
+    ]
+    assert [text.perplexity(value) for value in (None, 29.6018, 1234.5, 3.2e9)] == ["–", "29.60", "1,234", "3.20e+09"]
+    assert [text.change(value, 20) for value in (30, 10, 400)] == ["+50.0%", "−50.0%", "×20"]
+    assert [text.plain(value) for value in (None, "", True, 2e-05, [1, None], "é")] == [
+        "–",
+        "–",
+        "true",
+        "2e-05",
+        "[1, null]",
+        "é",
+    ]
