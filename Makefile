@@ -8,7 +8,7 @@ READY := .venv/.ready
 demo: $(READY)  ## compress a real 135 M parameter model on this machine, without a network
 	$(BIN)/python pipelines/run.py --model_id builtin:smollm2-135m --train_data builtin:python-docs \
 		--eval_data builtin:python-docs --nsamples 32 --seq_len 256 --eval_blocks 8 --eval_seq_len 512 \
-		--batch_size 4 --grad_accum_steps 1 --max_steps 24 --learning_rate 4e-4
+		--batch_size 4 --grad_accum_steps 1 --max_steps 20 --learning_rate 4e-4
 
 test: $(READY)  ## unit, pipeline and acceptance tests
 	$(BIN)/python -m pytest

@@ -6,7 +6,7 @@ Defaults come from the stages' settings, where each parameter is documented.
 from typing import NamedTuple
 
 from kfp import dsl
-from kfp.dsl import HTML, Artifact, PipelineTask
+from kfp.dsl import HTML, Artifact, Dataset, Input, Model, PipelineTask
 
 from components.distill.component import distill
 from components.distill.config import DistillConfig
@@ -23,13 +23,6 @@ from components.tokenize.config import TokenizeConfig
 MODEL_ID = "Qwen/Qwen3-0.6B"
 
 
-class Outputs(NamedTuple):
-    """What a run leaves: the report's page, and a folder with the page and its numbers."""
-
-    page: HTML
-    summary: Artifact
-
-
 def sized(task: PipelineTask, cpu: str, memory: str) -> PipelineTask:
     """Give a task its CPU and memory, and retries with a short explicit back-off (KFP's own waits up to an hour)."""
     task.set_cpu_limit(cpu).set_memory_limit(memory)
@@ -39,6 +32,44 @@ def sized(task: PipelineTask, cpu: str, memory: str) -> PipelineTask:
 def on_gpu(task: PipelineTask, gpu_type: str, gpus: int, cpu: str, memory: str) -> PipelineTask:
     """The same with GPUs; 0 of them runs on the CPU."""
     return sized(task, cpu, memory).set_accelerator_type(gpu_type).set_accelerator_limit(gpus)
+
+
+@dsl.pipeline(name="quantize-format")
+def quantize_format(
+    distilled_model: Input[Model],
+    mask: Input[Artifact],
+    tokens: Input[Dataset],
+    format: str,
+    dtype: str,
+    eval_blocks: int,
+    eval_seq_len: int,
+    skip_ppl_eval: bool,
+    trust_remote_code: bool,
+    gpu_type: str,
+    gpus: int,
+    cpu: str,
+    memory: str,
+) -> Artifact:
+    """Quantize to one format; a pipeline of its own because a loop does not hand resource parameters to its tasks."""
+    task = quantize(
+        distilled_model=distilled_model,
+        mask=mask,
+        tokens=tokens,
+        format=format,
+        dtype=dtype,
+        eval_blocks=eval_blocks,
+        eval_seq_len=eval_seq_len,
+        skip_ppl_eval=skip_ppl_eval,
+        trust_remote_code=trust_remote_code,
+    )
+    return on_gpu(task, gpu_type, gpus, cpu, memory).outputs["stats"]
+
+
+class Outputs(NamedTuple):
+    """What a run leaves: the report's page, and a folder with the page and its numbers."""
+
+    page: HTML
+    summary: Artifact
 
 
 @dsl.pipeline(name="compress", description="Prune, distil and quantize a language model.")
@@ -205,29 +236,27 @@ def compress(
         distill_memory,
     )
     with dsl.ParallelFor(formats) as format:
-        quantized = on_gpu(
-            quantize(
-                distilled_model=distilled.outputs["distilled_model"],
-                mask=pruned.outputs["mask"],
-                tokens=tokens,
-                format=format,
-                dtype=dtype,
-                eval_blocks=eval_blocks,
-                eval_seq_len=eval_seq_len,
-                skip_ppl_eval=skip_ppl_eval,
-                trust_remote_code=trust_remote_code,
-            ),
-            gpu_type,
-            quantize_gpus,
-            quantize_cpu,
-            quantize_memory,
+        quantized = quantize_format(
+            distilled_model=distilled.outputs["distilled_model"],
+            mask=pruned.outputs["mask"],
+            tokens=tokens,
+            format=format,
+            dtype=dtype,
+            eval_blocks=eval_blocks,
+            eval_seq_len=eval_seq_len,
+            skip_ppl_eval=skip_ppl_eval,
+            trust_remote_code=trust_remote_code,
+            gpu_type=gpu_type,
+            gpus=quantize_gpus,
+            cpu=quantize_cpu,
+            memory=quantize_memory,
         )
     reported = sized(
         report(
             fetched=fetched.outputs["stats"],
             pruned=pruned.outputs["stats"],
             distilled=distilled.outputs["stats"],
-            quantized=dsl.Collected(quantized.outputs["stats"]),
+            quantized=dsl.Collected(quantized.output),
         ),
         light_cpu,
         light_memory,

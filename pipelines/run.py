@@ -18,7 +18,6 @@ from kfp.local import logging_utils
 from rich.console import Console
 from rich.table import Table
 
-from components.core.checks import given
 from components.core.cli import fail, parse
 from components.core.files import check_new, read_json
 from components.distill.config import DistillConfig
@@ -56,11 +55,10 @@ def check_parameters(values: dict[str, Any], run_dir: Path) -> None:
     Raises:
         ValueError: names parameter, rule and value.
     """
-    here = str(run_dir.parent)  # stands for folders that earlier stages will have made
-    new = str(run_dir)
-    for format in values["formats"]:
-        given("formats", format)
-    made_before = {"model_dir": here, "output_dir": new, "student_model": here, "mask_file": here}
+    if not values["formats"]:
+        raise ValueError(f"formats must name at least one format, got {values['formats']}")
+    # "." stands for folders that earlier stages will have made
+    made_before = {"model_dir": ".", "output_dir": str(run_dir), "student_model": ".", "mask_file": "."}
     for config_class, more in (
         (ResolveConfig, {}),
         (TokenizeConfig, {}),
@@ -80,12 +78,12 @@ def plain_logs() -> None:
             setattr(logging_utils.Color, name, "")
 
 
-def show(summary: Path, page: str) -> None:
+def show(summary: Path) -> None:
     """Print the closing table and where the report is."""
     table = Table(title="Compressed")
     for column in ("stage", "perplexity", "sparsity", "size MB", "seconds", "peak GB"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    for row in read_json(summary)["rows"]:
+    for row in read_json(summary / "summary.json")["rows"]:
         table.add_row(
             row["name"],
             _number(row["perplexity"], 1, 2),
@@ -96,7 +94,7 @@ def show(summary: Path, page: str) -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"report: {page}", soft_wrap=True)
+    console.print(f"report: {summary / 'report.html'}", soft_wrap=True)
 
 
 def _number(value: float | None, unit: float, digits: int) -> str:
@@ -118,13 +116,11 @@ def main() -> None:
             values[name] = str(Path(values[name]).absolute())
     plain_logs()
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(run_dir))
-    # kfp.local knows no defaults inside a ParallelFor, so every parameter is given
-    defaults = {name: entry.default for name, entry in inspect.signature(compress.pipeline_func).parameters.items()}
     try:
-        outputs = compress(**(defaults | values)).outputs
+        outputs = compress(**values).outputs
     except RuntimeError as error:
         fail(error)  # the failing stage's own line stands above; kfp's traceback would bury it
-    show(Path(outputs["summary"].path) / "summary.json", outputs["page"].path)
+    show(Path(outputs["summary"].path))
 
 
 if __name__ == "__main__":

@@ -101,9 +101,7 @@ def _integrity_card(rows: list[Row]) -> Card:
     if failed:
         return Card("Sparsity check", "failed", "in " + ", ".join(failed), "bad")
     if checked:
-        return Card(
-            "Sparsity check", "passed", "pruned weights are zero: " + ", ".join(row.name for row in checked), "good"
-        )
+        return Card("Sparsity check", "passed", "pruned weights are zero: " + ", ".join(row.name for row in checked), "good")
     return Card("Sparsity check", text.DASH, "not run")
 
 

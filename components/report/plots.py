@@ -112,9 +112,7 @@ def _epochs(record: StageRecord, name: str) -> Plot | None:
         axes.plot(x, y, color=ACCENT, marker="o")
         log_if_wide(axes, y)
         svg = as_svg(figure, name)
-    return Plot(
-        "Perplexity by epoch", svg, "Epoch 0 is the pruned model." if start is not None else "After each epoch."
-    )
+    return Plot("Perplexity by epoch", svg, "Epoch 0 is the pruned model." if start is not None else "After each epoch.")
 
 
 def _errors(layers: dict[str, list[dict[str, Any]]], name: str) -> Plot | None:
@@ -131,9 +129,7 @@ def _errors(layers: dict[str, list[dict[str, Any]]], name: str) -> Plot | None:
         if not log_if_wide(axes, values):
             axes.set_ylim(bottom=0)
         svg = as_svg(figure, name)
-    caption = (
-        f"Squared error of a layer's output over its squared output, by block. Largest: {worst['relative_error']:.3g}"
-    )
+    caption = f"Squared error of a layer's output over its squared output, by block. Largest: {worst['relative_error']:.3g}"
     return Plot("Reconstruction error by layer", svg, f"{caption} in {worst.get('name', 'an unnamed layer')}.")
 
 

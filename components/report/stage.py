@@ -49,9 +49,7 @@ def load(files: list[Path]) -> list[StageRecord]:
             raise ValueError(f"{file} must be a stage record: stage must be text, got {record.stage!r}")
         for name in ("parameters", "measured", "versions", "details"):
             if not isinstance(getattr(record, name), dict):
-                raise ValueError(
-                    f"{file} must be a stage record: {name} must be an object, got {getattr(record, name)!r}"
-                )
+                raise ValueError(f"{file} must be a stage record: {name} must be an object, got {getattr(record, name)!r}")
         if not isinstance(record.sparse_integrity_check, dict | None):
             raise ValueError(f"{file} must be a stage record: sparse_integrity_check must be an object or null")
         if record not in records:

@@ -33,38 +33,54 @@ def test_every_parameter_is_described(spec):
     assert parameters["sparsity"]["defaultValue"] == 0.7
 
 
-def tasks(dag):
-    """Name → task of a DAG and of the loops inside it."""
-    return dag["dag"]["tasks"]
+def dags(spec):
+    """Name → every DAG: the pipeline, its loops and the pipelines inside it."""
+    nested = {name: component for name, component in spec["components"].items() if "dag" in component}
+    return {"root": spec["root"]} | nested
+
+
+def pods(spec):
+    """Name → (task, container) of everything that runs in a pod."""
+    found = {}
+    for dag in dags(spec).values():
+        for name, task in dag["dag"]["tasks"].items():
+            component = spec["components"][task["componentRef"]["name"]]
+            if "executorLabel" in component:
+                found[name] = task, spec["deploymentSpec"]["executors"][component["executorLabel"]]["container"]
+    return found
 
 
 def test_only_resolve_is_never_cached(spec):
-    cached = {name: bool(task["cachingOptions"]) for name, task in tasks(spec["root"]).items() if "for-loop" not in name}
-    assert cached == {
-        "resolve": False,
-        "fetch": True,
-        "tokenize": True,
-        "prune": True,
-        "distill": True,
-        "report": True,
-    }
+    cached = {name: bool(task["cachingOptions"]) for name, (task, _) in pods(spec).items()}
+    stages = ("resolve", "fetch", "tokenize", "prune", "distill", "quantize", "report")
+    assert cached == {stage: stage != "resolve" for stage in stages}
 
 
 def test_every_pod_has_run_time_resources_and_an_explicit_back_off(spec):
-    loop = next(component for component in spec["components"].values() if "dag" in component)
-    for name, task in (tasks(spec["root"]) | tasks(loop)).items():
-        if "for-loop" in name:
-            continue
+    for name, (task, container) in pods(spec).items():
         assert task["retryPolicy"]["backoffMaxDuration"] == "300s", name
-        executor = spec["components"][task["componentRef"]["name"]]["executorLabel"]
-        container = spec["deploymentSpec"]["executors"][executor]["container"]
         resources = container["resources"]
-        assert "runtime-parameter" in str(resources) or "{{$.inputs" in str(resources), name
+        assert "$.inputs.parameters" in resources["resourceCpuLimit"], name
+        assert "$.inputs.parameters" in resources["resourceMemoryLimit"], name
         assert ("accelerator" in resources) == (name in {"prune", "distill", "quantize"}), name
+
+
+def test_nothing_is_installed_when_a_pod_starts(spec):
+    for name, (_, container) in pods(spec).items():
         assert "pip install" not in str(container["command"]), name
 
 
+def test_every_parameter_that_a_task_reads_is_an_input_of_its_dag(spec):
+    """A loop does not declare outer parameters that its tasks use for resources alone; they would be missing at run time."""
+    for dag_name, dag in dags(spec).items():
+        declared = set(dag.get("inputDefinitions", {}).get("parameters", {}))
+        for name, task in dag["dag"]["tasks"].items():
+            for value in task.get("inputs", {}).get("parameters", {}).values():
+                if "componentInputParameter" in value:
+                    assert value["componentInputParameter"] in declared, (dag_name, name)
+
+
 def test_formats_are_quantized_side_by_side(spec):
-    loop = next(component for component in spec["components"].values() if "dag" in component)
-    assert list(tasks(loop)) == ["quantize"]
-    assert not any("iteratorPolicy" in task for task in tasks(spec["root"]).values())
+    loop = next(task for task in spec["root"]["dag"]["tasks"].values() if "parameterIterator" in task)
+    assert loop["parameterIterator"]["items"]["inputParameter"] == "pipelinechannel--formats"
+    assert "iteratorPolicy" not in loop  # no limit: the formats run at the same time

@@ -1,6 +1,7 @@
 """Training under the mask: zeros stay zero, what is frozen stays, the loop does what the settings say."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from components.core.mask import MASK_FILE, SparsityError, integrity, load_mask
 from components.distill import loop
 from components.distill.config import DistillConfig
 from components.distill.loop import Trainer, cosine_with_warmup
-from components.distill.masking import mask_gradients, mask_on_device, mask_weights
+from components.distill.masking import mask_gradients, mask_weights
 from components.distill.stage import run
 from components.prune.config import PruneConfig
 from components.prune.stage import run as prune
@@ -141,7 +142,7 @@ def test_an_epoch_sees_each_block_once_in_another_order(pruned, corpus, tmp_path
 def test_learning_rate_rises_and_falls_and_is_never_lost():
     rates = [cosine_with_warmup(step, 4, 20) for step in range(20)]
     assert rates[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
-    assert all(later < earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates[4:]))
     assert rates[-1] > 0
     assert cosine_with_warmup(0, 0, 1) == 1
 
