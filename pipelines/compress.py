@@ -90,6 +90,17 @@ def compress(
     warmup_ratio: float = DistillConfig.warmup_ratio,
     alpha_kd: float = DistillConfig.alpha_kd,
     temperature: float = DistillConfig.temperature,
+    weight_decay: float = DistillConfig.weight_decay,
+    kl_direction: str = DistillConfig.kl_direction,
+    backend: str = DistillConfig.backend,
+    launcher: str = DistillConfig.launcher,
+    nproc_per_node: int = DistillConfig.nproc_per_node,
+    master_port: int = DistillConfig.master_port,
+    deepspeed_config: str = DistillConfig.deepspeed_config,
+    gradient_checkpointing: bool = DistillConfig.gradient_checkpointing,
+    teacher_cache: str = DistillConfig.teacher_cache,
+    keep_best: bool = DistillConfig.keep_best,
+    patience: int = DistillConfig.patience,
     sparse_check_eps: float = DistillConfig.sparse_check_eps,
     fail_on_sparse_violation: bool = DistillConfig.fail_on_sparse_violation,
     formats: list[str] = list(FORMATS),  # noqa: B006 (KFP reads it once)
@@ -131,6 +142,17 @@ def compress(
         warmup_ratio: Share of the steps in which the learning rate rises.
         alpha_kd: Weight of the distillation term in alpha_kd * KL + (1 - alpha_kd) * CE.
         temperature: Softens both distributions of the KL.
+        weight_decay: AdamW's decoupled weight decay.
+        kl_direction: `forward`: KL(teacher || student); `reverse`: KL(student || teacher).
+        backend: Distillation in one process (`none`), or in several by `fsdp` or `deepspeed`.
+        launcher: What starts the processes: `python` (one), `torchrun` or `accelerate`.
+        nproc_per_node: Processes of the distill pod, one a GPU.
+        master_port: Port where the processes meet.
+        deepspeed_config: DeepSpeed JSON file with ZeRO stage 0, 1 or 2; empty = the shipped one, ZeRO 2.
+        gradient_checkpointing: Keep fewer activations and compute them again in the backward pass.
+        teacher_cache: Keep the teacher's hidden states on disk: `auto` (if there is more than one epoch), `always` or `never`.
+        keep_best: Save the epoch with the lowest perplexity instead of the last.
+        patience: End distilling after so many epochs without a lower perplexity; 0 = never.
         sparse_check_eps: A weight outside the mask may have this magnitude at the end of distillation; 0 = exactly zero.
         fail_on_sparse_violation: Fail if that check does; otherwise it is only recorded.
         formats: Quantization formats: int8, fp8.
@@ -221,6 +243,17 @@ def compress(
             warmup_ratio=warmup_ratio,
             alpha_kd=alpha_kd,
             temperature=temperature,
+            weight_decay=weight_decay,
+            kl_direction=kl_direction,
+            backend=backend,
+            launcher=launcher,
+            nproc_per_node=nproc_per_node,
+            master_port=master_port,
+            deepspeed_config=deepspeed_config,
+            gradient_checkpointing=gradient_checkpointing,
+            teacher_cache=teacher_cache,
+            keep_best=keep_best,
+            patience=patience,
             seed=seed,
             dtype=dtype,
             sparse_check_eps=sparse_check_eps,

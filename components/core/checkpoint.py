@@ -51,17 +51,23 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those of its index, else the single one.
 
     Raises:
-        ValueError: the index names a file that is not there.
+        ValueError: the index is none, or names a file that is not there, elsewhere or of another kind.
     """
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
-    if not (folder / INDEX_FILE).is_file():
+    index = folder / INDEX_FILE
+    if not index.is_file():
         return []
-    files = [folder / name for name in sorted(set(read_json(folder / INDEX_FILE)["weight_map"].values()))]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{folder} must hold every shard that its index names, {file.name} is missing")
-    return files
+    try:
+        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} must have a 'weight_map' from weights to shards") from error
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} must name safetensors files in its own folder, got {name!r}")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} must hold every shard that its index names, {name} is missing")
+    return [folder / name for name in names]
 
 
 def weight_bytes(folder: str | Path) -> int:
@@ -101,11 +107,17 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust
                 more = {"dtype": "auto", "quantization_config": CompressedTensorsConfig(run_compressed=False)}
             with quiet_bars():
                 model, report = AutoModelForCausalLM.from_pretrained(
-                    path, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **more
+                    path,
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are told below, by name
+                    **more,
                 )
-            missing = sorted(report["missing_keys"])
-            if missing:
-                raise ValueError(f"{path} must hold every weight of its model, {missing[0]} is missing")
+            for name, found, expected in sorted(report["mismatched_keys"]):
+                raise ValueError(f"{path} must hold weights of its model's shapes, {name} is {[*found]}, not {[*expected]}")
+            for name in sorted(report["missing_keys"]):
+                raise ValueError(f"{path} must hold every weight of its model, {name} is missing")
     except SafetensorError as error:
         raise ValueError(f"{path} holds weights that cannot be read: {error}") from error
     return model.to(device).eval()
@@ -118,9 +130,12 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
         ValueError: the folder has none.
     """
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what some classes make where there are no files
+            raise ValueError("it has special tokens alone")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must hold a tokenizer that transformers can read: {error}") from error
+    return tokenizer
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:

@@ -1,19 +1,29 @@
 """Checks that several settings classes share. Each raises `ValueError` naming parameter, rule and value."""
 
+import math
 import re
 from collections.abc import Collection
 
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
 
 def at_least(parameter: str, value: float, low: float) -> None:
-    """`value` >= `low`; NaN fails."""
+    """`value` >= `low` and finite; NaN fails."""
     if not value >= low:
         raise ValueError(f"{parameter} must be at least {low}, got {value}")
+    _not_infinite(parameter, value)
 
 
 def above(parameter: str, value: float, low: float) -> None:
-    """`value` > `low`; NaN fails."""
+    """`value` > `low` and finite; NaN fails."""
     if not value > low:
         raise ValueError(f"{parameter} must be above {low}, got {value}")
+    _not_infinite(parameter, value)
+
+
+def _not_infinite(parameter: str, value: float) -> None:
+    if value == math.inf:
+        raise ValueError(f"{parameter} must be finite, got {value}")
 
 
 def in_unit(parameter: str, value: float) -> None:

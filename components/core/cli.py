@@ -2,11 +2,15 @@
 
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
 from typing import Any
 
 from simple_parsing import ArgumentParser, DashVariant
+
+from components.core.progress import log
 
 
 def parse(config_class: type, description: str | None = None) -> Any:
@@ -22,14 +26,22 @@ def parse(config_class: type, description: str | None = None) -> Any:
 def main(config_class: type, stage: str) -> None:
     """Run the `run` function of the module `stage` with settings from the command line.
 
-    The module is imported after the settings were checked, so that a wrong value is told at once.
+    The module is imported after the settings were checked, so that a wrong value is told at once. SIGTERM, with which a
+    pod is stopped, ends the program as an exception does, so that nothing half-written is left.
     """
     config = parse(config_class)
+    if threading.current_thread() is threading.main_thread():  # no other may set a handler
+        signal.signal(signal.SIGTERM, _stop)
     try:
         record = importlib.import_module(stage).run(config)
-        print("  ".join(f"{name}={value}" for name, value in record.measured.items()), flush=True)
+        log("  ".join(f"{name}={value}" for name, value in record.measured.items()))
     except (ValueError, OSError, ImportError) as error:
         fail(error)
+
+
+def _stop(number: int, _: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not end the cleaning up
+    raise SystemExit(128 + number)
 
 
 def fail(error: Exception) -> Any:

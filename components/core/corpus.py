@@ -158,9 +158,7 @@ def _hub_documents(parameter: str, spec: str, split: str, revision: str | None) 
     choices = ("train",) if split == "train" else ("test", "validation")
     for choice in choices:
         if choice in loaded:
-            if "text" not in loaded[choice].column_names:
-                raise ValueError(f"{parameter} must have a 'text' column, {spec} has {loaded[choice].column_names}")
-            return list(loaded[choice]["text"])
+            return list(_texts(parameter, spec, loaded[choice]))
     raise ValueError(f"{parameter} must have a {' or '.join(choices)} split, {spec} has {', '.join(loaded)}")
 
 
@@ -197,19 +195,43 @@ def _read_file(parameter: str, file: Path) -> Iterator[str]:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
     kind = "json" if file.suffix == ".jsonl" else "parquet"
+    if not file.stat().st_size:
+        return
     try:
         table: Any = datasets.load_dataset(kind, data_files=str(file), split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"{parameter} must be readable {kind}, {file} is not: {error.__cause__ or error}") from error
+    except Exception as error:  # it raises many kinds, Arrow's among them
+        raise ValueError(f"{parameter} must be readable {kind}, {file} is not: {error.__cause__ or error!r}") from error
+    yield from _texts(parameter, str(file), table)
+
+
+def _texts(parameter: str, spec: str, table: Any) -> Iterator[str]:
+    """The texts of a table of `datasets`."""
     if "text" not in table.column_names:
-        raise ValueError(f"{parameter} must have a 'text' column, {file} has {table.column_names}")
-    yield from table["text"]
+        raise ValueError(f"{parameter} must have a 'text' column, {spec} has {table.column_names}")
+    for row, text in enumerate(table["text"], start=1):
+        if not isinstance(text, str):
+            raise ValueError(f"{parameter} must have strings as 'text', {spec} has {type(text).__name__} in row {row}")
+        yield text
+
+
+def check_held_out(parameter: str, train_data: str, eval_data: str) -> None:
+    """Check that evaluation reads other local files than training, whose setting is `parameter`.
+
+    Raises:
+        ValueError: they share a file.
+    """
+    if splits_overlap(train_data, eval_data):
+        raise ValueError(
+            f"eval_data must be other text than {parameter}, got {eval_data}: give another file, "
+            "or a folder with train.* and test.* files"
+        )
 
 
 def splits_overlap(train_spec: str, eval_spec: str) -> bool:
-    """Whether training and evaluation would read the same local files."""
-    if train_spec == PYTHON_DOCS or is_hub(train_spec) or is_hub(eval_spec) or eval_spec == PYTHON_DOCS:
+    """Whether training and evaluation would read the same local files; those of a tokens folder are known to differ."""
+    if any(spec == PYTHON_DOCS or is_hub(spec) or is_tokens(spec) for spec in (train_spec, eval_spec)):
         return False
     train = {file.resolve() for file in _local_files(Path(train_spec), "train")}
     return any(file.resolve() in train for file in _local_files(Path(eval_spec), "eval"))

@@ -2,8 +2,6 @@
 
 import torch
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-
 
 def pick_device() -> torch.device:
     """The first CUDA device where there is one, else the CPU."""

@@ -23,10 +23,10 @@ def check_new(parameter: str, path: str | os.PathLike[str], bytes_needed: int = 
         ValueError: it exists already, its place cannot be written, or the disk is too full.
     """
     target = Path(path).absolute()
-    if target.exists() or target.is_symlink():
+    if os.path.lexists(target):  # unlike Path.exists it takes what cannot be looked at for missing
         raise ValueError(f"{parameter} must not exist yet, got {path}")
-    place = next(folder for folder in target.parents if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    place = next(folder for folder in target.parents if os.path.lexists(folder))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"{parameter} must lie in a folder that can be written, got {path}")
     free = shutil.disk_usage(place).free
     if bytes_needed > free:
@@ -48,12 +48,12 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def _open_to_readers(folder: Path) -> None:
-    """Give a folder and its files the usual modes: mkdtemp and safetensors make them private, pods share volumes."""
+def _open_to_readers(path: Path) -> None:
+    """Give a file, or a folder and all in it, the usual modes: mkdtemp and safetensors make them private, pods share them."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    for entry in (path, *path.rglob("*")):
+        entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
 
 
 @contextlib.contextmanager
@@ -64,6 +64,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     scratch = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         yield scratch
+        _open_to_readers(scratch)
         scratch.replace(target)
     except BaseException:
         scratch.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ lowest bit, the last byte padded with zeros. The file's metadata holds the shape
 
 import hashlib
 import json
-import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,21 +117,27 @@ def _load_packed(file: Path) -> Mask:
         raise ValueError(f"mask_file must be a safetensors file, got {file}: {error}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"mask_file must have format {FORMAT!r} in its metadata, got {metadata.get('format')!r}")
-    shapes = json.loads(metadata["shapes"])
+    try:
+        shapes = {name: [int(size) for size in shape] for name, shape in json.loads(metadata["shapes"]).items()}
+        pattern, sparsity = metadata["pattern"], json.loads(metadata["sparsity"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"mask_file must have shapes, pattern and sparsity in its metadata, got {file}: {error!r}") from error
+    parse_pattern(pattern)
+    for name in sorted(shapes.keys() ^ packed.keys()):
+        raise ValueError(f"mask_file must hold the tensors of its metadata, {name} is in one of the two only")
     tensors = {}
-    for name, bits in packed.items():
-        shape = shapes.get(name)
-        if shape is None or bits.dtype != torch.uint8 or bits.numel() != -(-int(np.prod(shape)) // 8):
+    for name, shape in shapes.items():
+        bits = packed[name]
+        if bits.dtype != torch.uint8 or bits.numel() != -(-int(np.prod(shape)) // 8):
             raise ValueError(f"mask_file must hold one bit for each weight, {name} has {bits.numel()} bytes for {shape}")
         tensors[name] = _unpack(bits, shape)
-    parse_pattern(metadata["pattern"])
-    return Mask(tensors, metadata["pattern"], json.loads(metadata["sparsity"]))
+    return Mask(tensors, pattern, sparsity)
 
 
 def _load_old(file: Path) -> Mask:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what torch raises depends on the byte where a file is broken
         raise ValueError(f"mask_file must be a dictionary of bool tensors, got {file}: {error}") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"mask_file must be a dictionary of bool tensors, got {type(content).__name__} in {file}")

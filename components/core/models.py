@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from components.core.checkpoint import read_history
 from components.core.files import new_directory, stat_fingerprint
 from components.core.hub import hub_errors
 from components.core.progress import quiet_bars
@@ -22,22 +21,22 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "*.md", "LICENSE*"]
 
 
-def check_model_id(model_id: str) -> None:
-    """Check the form of a model id, without the network.
+def check_model_id(model_id: str, parameter: str = "model_id") -> None:
+    """Check the form of a model id, given as the setting `parameter`, without the network.
 
     Raises:
         ValueError: empty, an unknown `builtin:`, or a path that does not exist.
     """
     if model_id.startswith("builtin:") and model_id != SMOLLM2:
-        raise ValueError(f"model_id must be {SMOLLM2}, a hub id or a folder, got {model_id!r}")
-    if model_id == SMOLLM2 or Path(model_id).is_dir():
+        raise ValueError(f"{parameter} must be {SMOLLM2}, a hub id or a folder, got {model_id!r}")
+    if model_id == SMOLLM2 or (model_id and Path(model_id).is_dir()):
         return
     name = model_id.partition("@")[0]
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or any(sign.isspace() for sign in name):
-        raise ValueError(f"model_id must be an existing folder or a hub id 'owner/name[@revision]', got {model_id!r}")
+        raise ValueError(f"{parameter} must be an existing folder or a hub id 'owner/name[@revision]', got {model_id!r}")
 
 
-def resolve_model(model_id: str) -> tuple[str, str]:
+def resolve_model(model_id: str, parameter: str = "model_id") -> tuple[str, str]:
     """Name the exact version of a model.
 
     Returns:
@@ -46,46 +45,48 @@ def resolve_model(model_id: str) -> tuple[str, str]:
     Raises:
         ValueError: the model does not exist, is gated, or the hub cannot be reached; says what to do.
     """
-    check_model_id(model_id)
+    check_model_id(model_id, parameter)
     if model_id == SMOLLM2:
-        return model_id, stat_fingerprint([_smollm2_file()])
+        return model_id, stat_fingerprint([_smollm2_file(parameter)])
     if Path(model_id).is_dir():
         return model_id, stat_fingerprint(sorted(Path(model_id).glob("*")))
     name, _, revision = model_id.partition("@")
     from huggingface_hub import HfApi
 
-    with hub_errors("model_id", model_id):
+    with hub_errors(parameter, model_id):
         commit = HfApi().model_info(name, revision=revision or None).sha
     assert commit is not None
     return name, commit
 
 
-def local_folder(model_id: str, revision: str | None = None) -> Path:
+def local_folder(model_id: str, revision: str | None = None, parameter: str = "model_id") -> Path:
     """A folder with the checkpoint: the folder itself, the hub's cache, or a cache of ours for the built-in model.
 
     Raises:
         ValueError: as `resolve_model`; or a local folder or built-in model is not at the revision asked for.
     """
-    check_model_id(model_id)
+    check_model_id(model_id, parameter)
     name, _, suffix = model_id.partition("@")
     if model_id == SMOLLM2 or Path(model_id).is_dir():
-        found = resolve_model(model_id)[1]
+        found = resolve_model(model_id, parameter)[1]
         if revision and revision != found:
             raise ValueError(f"revision must still be that of {model_id}: it was {revision}, it is {found}; start anew")
         return _smollm2_folder(found) if model_id == SMOLLM2 else Path(model_id)
     from huggingface_hub import snapshot_download
 
-    with hub_errors("model_id", model_id):
+    with hub_errors(parameter, model_id):
         folder = Path(
             snapshot_download(name, revision=revision or suffix or None, allow_patterns=HUB_FILES, ignore_patterns="*/*")
         )
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"model_id must have safetensors weights (pickled ones are never read), {model_id} has none")
+        raise ValueError(f"{parameter} must have safetensors weights (pickled ones are never read), {model_id} has none")
     return folder
 
 
 def source_history(model_id: str, folder: Path) -> dict[str, Any]:
     """The history of a checkpoint that `local_folder` gave: its own, or one that begins at its source."""
+    from components.core.checkpoint import read_history  # brings torch, which settings do without
+
     history = read_history(folder)
     if history["steps"] or history["source"]["revision"]:
         return history
@@ -95,11 +96,11 @@ def source_history(model_id: str, folder: Path) -> dict[str, Any]:
     return history | {"source": {"model_id": name, "revision": revision}}
 
 
-def _smollm2_file() -> Path:
+def _smollm2_file(parameter: str = "model_id") -> Path:
     """The GGUF file inside the package, found without importing it (it would load an inference engine)."""
     spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
     if spec is None or spec.origin is None:
-        raise ValueError(f"model_id {SMOLLM2} needs its package: {SMOLLM2_INSTALL}")
+        raise ValueError(f"{parameter} {SMOLLM2} needs its package: {SMOLLM2_INSTALL}")
     return Path(spec.origin).with_name(SMOLLM2_FILE)
 
 

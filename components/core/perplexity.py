@@ -16,6 +16,7 @@ from components.core.progress import track
 
 TOKENS_A_FORWARD = 2048
 TOKENS_A_CHUNK = 512
+PROBE_TOKENS = 8
 
 
 def decoder_and_head(model: Any) -> tuple[nn.Module, nn.Linear]:
@@ -27,17 +28,17 @@ def decoder_and_head(model: Any) -> tuple[nn.Module, nn.Linear]:
     decoder, head = model.base_model, model.get_output_embeddings()
     if decoder is model or head is None:
         raise ValueError(f"the model must be a causal language model with a head, got {type(model).__name__}")
-    probe = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+    # several tokens: the embedding of a padding token is zero, and so are its logits, capped or not
+    probe = torch.linspace(0, model.get_input_embeddings().weight.shape[0] - 1, PROBE_TOKENS).long()[None]
+    probe = probe.to(head.weight.device)
     with torch.no_grad():
-        hidden = decoder(input_ids=probe, use_cache=False).last_hidden_state
-        if not torch.allclose(
-            head(hidden).float(), model(input_ids=probe, use_cache=False).logits.float(), rtol=1e-3, atol=1e-3
-        ):
+        logits = head(decoder(input_ids=probe, use_cache=False).last_hidden_state).float()
+        changed = model(input_ids=probe, use_cache=False).logits.float()
+        if not torch.allclose(logits, changed, rtol=1e-3, atol=1e-3, equal_nan=True):  # NaN is told with the perplexity
             raise ValueError(f"{type(model).__name__} changes its logits after the head (soft cap or scale): not supported")
     return decoder, head
 
 
-@torch.inference_mode()
 def perplexity(model: Any, blocks: Tensor) -> float:
     """Perplexity of a causal language model on token blocks [blocks, seq_len].
 
@@ -46,17 +47,39 @@ def perplexity(model: Any, blocks: Tensor) -> float:
     """
     if blocks.shape[1] < 2:
         raise ValueError(f"eval_seq_len must be at least 2, got {blocks.shape[1]}")
-    decoder, head = decoder_and_head(model)
+    losses = block_losses(*decoder_and_head(model), blocks)
+    return from_mean_loss(float(losses.sum()) / (blocks.shape[0] * (blocks.shape[1] - 1)))
+
+
+@torch.no_grad()
+def block_losses(decoder: nn.Module, head: nn.Linear, blocks: Tensor) -> Tensor:
+    """Sum of the losses of each block's predicted tokens, float64 [blocks], on the head's device.
+
+    Args:
+        decoder: ids [batch, seq_len] → hidden states.
+        head: hidden states → logits.
+        blocks: token ids [blocks, seq_len].
+    """
     device = head.weight.device
     batches = blocks.split(max(1, TOKENS_A_FORWARD // blocks.shape[1]))
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    losses = []
     for batch in track(batches, "perplexity", len(batches)):
         ids = batch.to(device)
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)  # [tokens, width]
         labels = ids[:, 1:].flatten()
+        parts = []
         for part, part_labels in zip(hidden.split(TOKENS_A_CHUNK), labels.split(TOKENS_A_CHUNK), strict=True):
-            total += functional.cross_entropy(head(part).float(), part_labels, reduction="sum").double()
-    mean = float(total) / (blocks.shape[0] * (blocks.shape[1] - 1))
+            parts.append(functional.cross_entropy(head(part).float(), part_labels, reduction="none"))
+        losses.append(torch.cat(parts).view(len(batch), -1).double().sum(1))
+    return torch.cat(losses)
+
+
+def from_mean_loss(mean: float) -> float:
+    """The perplexity of a mean loss a token.
+
+    Raises:
+        ValueError: it is not finite.
+    """
     result = math.exp(mean) if mean < 700 else math.inf
     if not math.isfinite(result):
         raise ValueError(f"perplexity must be finite, got {result} (mean loss {mean}); try dtype float32 or bfloat16")

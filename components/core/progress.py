@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +15,9 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def log(line: str) -> None:
-    """Print one plain line at once, so that a pod's log shows it when it happens."""
+    """Print one plain line at once, so that a pod's log shows it when it happens; of several processes the first prints."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 

@@ -124,9 +124,11 @@ def load_blocks(
         return build_blocks(parameter, data, split, tokenizer, seq_len, count, seed)
     try:
         with safe_open(Path(data) / TOKENS_FILE, framework="pt") as file:
-            metadata, ids = file.metadata(), file.get_tensor(split).long()
+            metadata, ids = file.metadata() or {}, file.get_tensor(split).long()
     except SafetensorError as error:
         raise ValueError(f"{parameter} must be a tokens artifact, {data} cannot be read: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{parameter} must be a tokens artifact of format {FORMAT!r}, {data} has {metadata.get('format')!r}")
     if metadata["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"{parameter} must be tokenized by the model's own tokenizer, {data} is not")
     if ids.shape[1] != seq_len:

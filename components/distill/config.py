@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from components.core.checks import above, at_least, given, in_unit, one_of
-from components.core.corpus import WIKITEXT2, check_data
-from components.core.device import DTYPES
-from components.core.files import check_new
+from components.core.checks import DTYPES, above, at_least, given, in_unit, one_of
+from components.core.corpus import WIKITEXT2, check_data, check_held_out
+from components.core.files import check_new, read_json
 from components.core.models import check_model_id
+
+BACKENDS = ("none", "fsdp", "deepspeed")
+LAUNCHERS = ("python", "torchrun", "accelerate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,12 @@ class DistillConfig:
     """Corpus spec or tokens folder for training."""
     eval_data: str = WIKITEXT2
     """Corpus spec or tokens folder for perplexity."""
+    mix_data: str = ""
+    """A second corpus mixed into the training blocks."""
+    mix_ratio: float = 0.5
+    """Share of the training blocks that come from mix_data."""
+    no_mask: bool = False
+    """Train all weights that the mask names, not only those it keeps: the dense control for an honest comparison."""
     seq_len: int = 512
     """Tokens of a training block."""
     epochs: int = 1
@@ -48,6 +57,34 @@ class DistillConfig:
     """Weight of the distillation term in alpha_kd * KL + (1 - alpha_kd) * CE, in [0, 1]."""
     temperature: float = 1.0
     """Both distributions of the KL are softened by it; the term is scaled by its square (Hinton et al., 2015)."""
+    kl_direction: str = "forward"
+    """`forward`: KL(teacher || student); `reverse`: KL(student || teacher)."""
+    backend: str = "none"
+    """`none` (one process), `fsdp` or `deepspeed`."""
+    launcher: str = "python"
+    """What starts the processes: `python` (one), `torchrun` or `accelerate`. Not used where they run already."""
+    nproc_per_node: int = 1
+    """Processes to start, one a GPU."""
+    master_port: int = 29500
+    """Port where the processes meet."""
+    deepspeed_config: str = ""
+    """DeepSpeed JSON file with ZeRO stage 0, 1 or 2; empty = the shipped one, ZeRO 2."""
+    gradient_checkpointing: bool = False
+    """Keep fewer activations and compute them again in the backward pass."""
+    teacher_cache: str = "auto"
+    """Keep the teacher's hidden states on disk: `auto` (if there is more than one epoch), `always` or `never`."""
+    checkpoint_dir: str = ""
+    """Folder for checkpoints; the same command goes on from the newest. Empty = none."""
+    checkpoint_steps: int = 50
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many checkpoints to keep."""
+    keep_best: bool = False
+    """Save the weights of the epoch with the lowest perplexity instead of the last ones."""
+    patience: int = 0
+    """End after so many epochs without a lower perplexity; 0 = never."""
+    tensorboard_dir: str = ""
+    """Folder for TensorBoard files; empty = none."""
     seed: int = 0
     """Seed of the order of the training blocks."""
     dtype: str = "auto"
@@ -76,10 +113,30 @@ class DistillConfig:
             above(parameter, getattr(self, parameter), 0)
         for parameter in ("seq_len", "eval_seq_len"):
             at_least(parameter, getattr(self, parameter), 2)
+        for parameter in ("nproc_per_node", "checkpoint_steps", "keep_checkpoints"):
+            at_least(parameter, getattr(self, parameter), 1)
+        at_least("patience", self.patience, 0)
+        one_of("kl_direction", self.kl_direction, ("forward", "reverse"))
+        one_of("backend", self.backend, BACKENDS)
+        one_of("launcher", self.launcher, LAUNCHERS)
+        one_of("teacher_cache", self.teacher_cache, ("auto", "always", "never"))
+        if not 0 < self.mix_ratio < 1:
+            raise ValueError(f"mix_ratio must be in (0, 1), got {self.mix_ratio}")
+        if not 0 < self.master_port < 65536:
+            raise ValueError(f"master_port must be in [1, 65535], got {self.master_port}")
+        if self.nproc_per_node > 1 and (self.backend == "none" or self.launcher == "python"):
+            raise ValueError(
+                f"nproc_per_node must be 1 for backend {self.backend} and launcher {self.launcher}, got {self.nproc_per_node}"
+            )
+        if self.skip_ppl_eval and (self.keep_best or self.patience):
+            raise ValueError("skip_ppl_eval must be off for keep_best and patience, got True")
+        self._check_deepspeed()
+        if self.mix_data:
+            check_data("mix_data", self.mix_data)
         in_unit("alpha_kd", self.alpha_kd)
         in_unit("warmup_ratio", self.warmup_ratio)
         one_of("dtype", self.dtype, DTYPES)
-        check_model_id(self.teacher_model)
+        check_model_id(self.teacher_model, "teacher_model")
         if not Path(self.student_model).is_dir():
             raise ValueError(f"student_model must be a folder with a checkpoint, got {self.student_model}")
         if not Path(self.mask_file).exists():
@@ -87,4 +144,29 @@ class DistillConfig:
         check_data("train_data", self.train_data)
         if not self.skip_ppl_eval:
             check_data("eval_data", self.eval_data)
+            check_held_out("train_data", self.train_data, self.eval_data)
+            if self.mix_data:
+                check_held_out("mix_data", self.mix_data, self.eval_data)
         check_new("output_dir", self.output_dir)
+
+    def _check_deepspeed(self) -> None:
+        if self.deepspeed_config and self.backend != "deepspeed":
+            raise ValueError(f"deepspeed_config must be empty for backend {self.backend}, got {self.deepspeed_config}")
+        if self.backend != "deepspeed":
+            return
+        if self.deepspeed_config and not Path(self.deepspeed_config).is_file():
+            raise ValueError(f"deepspeed_config must be a JSON file, got {self.deepspeed_config}")
+        stage = self.read_deepspeed_config().get("zero_optimization", {}).get("stage", 0)
+        if stage not in (0, 1, 2):
+            raise ValueError(f"deepspeed_config must have zero_optimization.stage 0, 1 or 2, got {stage}: use backend fsdp")
+
+    def read_deepspeed_config(self) -> dict[str, Any]:
+        """The DeepSpeed settings: those of `deepspeed_config`, or the shipped ones.
+
+        Raises:
+            ValueError: the file is not JSON.
+        """
+        settings = read_json(self.deepspeed_config or Path(__file__).with_name("deepspeed_zero2.json"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"deepspeed_config must be a JSON object, got {type(settings).__name__}")
+        return settings

@@ -1,42 +1,37 @@
-"""The training loop: epochs of optimizer steps, an evaluation after each epoch."""
+"""The training loop: epochs of optimizer steps, evaluation, checkpoints. One loop for every backend."""
 
-import math
+import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from components.core.mask import Mask
-from components.core.perplexity import decoder_and_head
-from components.core.progress import log_perplexity, track
+from components.core.perplexity import block_losses, from_mean_loss
+from components.core.progress import log, log_perplexity, track
+from components.distill import resume
+from components.distill.backends import SingleProcess
 from components.distill.config import DistillConfig
 from components.distill.loss import distillation_loss, next_token_labels
-from components.distill.masking import mask_gradients, mask_on_device, mask_weights, train_only_masked
+from components.distill.teacher import Teacher
 
-BETAS = (0.9, 0.95)  # the usual pair for language models: a shorter memory than AdamW's default, for short runs
-
-
-def cosine_with_warmup(step: int, warmup: int, total: int) -> float:
-    """Share of the peak learning rate at `step` (from 0): a linear rise over `warmup` steps, then half a cosine to 0.
-
-    Unlike the usual schedule of transformers no step has rate 0, which would be lost in a short run.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+PREEMPTED = 143  # 128 + SIGTERM: what a shell reports for a process that was asked to end
 
 
 @dataclass
 class Progress:
-    """What the loop has to tell: one entry a step (loss, kd_loss, ce_loss, learning_rate, grad_norm), one an epoch."""
+    """How far a run is and what it has to tell; kept in checkpoints.
+
+    `steps` has an entry a step (loss, kd_loss, ce_loss, learning_rate, grad_norm), `epochs` one an evaluation.
+    """
 
     steps: list[dict[str, float]] = field(default_factory=list)
     epochs: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
+    stopped_early: bool = False
 
     def line(self) -> str:
         """The last step in words."""
@@ -44,150 +39,176 @@ class Progress:
         return f"loss {last['loss']:.4f}, learning rate {last['learning_rate']:.2e}, {self.tokens_per_second():.0f} tokens/s"
 
     def tokens_per_second(self) -> float:
-        """Training speed, evaluations left out."""
+        """Training speed of all processes, evaluations left out."""
         return self.tokens / max(self.seconds, 1e-9)
+
+    def best(self) -> dict[str, float]:
+        """The evaluation with the lowest perplexity."""
+        return min(self.epochs, key=lambda entry: entry["eval_ppl"])
 
 
 class Trainer:
-    """Student, teacher, optimizer and schedule of one run.
+    """One run.
 
     Args:
-        student: causal language model, float32.
-        teacher: causal language model with the same vocabulary.
-        mask: which of the student's weights train.
+        backend: where it runs; already prepared.
+        teacher: gives hidden states of training blocks.
         blocks: training tokens [blocks, seq_len].
+        evaluation: evaluation tokens [blocks, seq_len], or None.
         config: the stage's settings.
-        compute_dtype: format of the student's forward pass; its weights stay float32.
-        evaluate: perplexity of the student, or None.
-
-    Raises:
-        ValueError: too few blocks for one optimizer step.
+        mask: fingerprint of the mask.
     """
 
     def __init__(
         self,
-        student: Any,
-        teacher: Any,
-        mask: Mask,
+        backend: SingleProcess,
+        teacher: Teacher,
         blocks: Tensor,
+        evaluation: Tensor | None,
         config: DistillConfig,
-        compute_dtype: torch.dtype,
-        evaluate: Callable[[], float] | None,
+        mask: str,
     ) -> None:
-        self.config, self.blocks, self.evaluate, self.student = config, blocks, evaluate, student
-        self.device = next(student.parameters()).device
-        self.parameters = train_only_masked(student, mask)
-        self.pruned = mask_on_device(mask, self.parameters)
-        self.student_decoder, self.student_head = decoder_and_head(student)
-        self.teacher_decoder, self.teacher_head = decoder_and_head(teacher)
-        self.steps_an_epoch = blocks.shape[0] // (config.batch_size * config.grad_accum_steps)
-        self.total_steps = self.steps_an_epoch * config.epochs
-        if config.max_steps:
-            self.total_steps = min(self.total_steps, config.max_steps)
-        if not self.total_steps:
-            raise ValueError(
-                f"train_data must have at least batch_size * grad_accum_steps = {config.batch_size * config.grad_accum_steps} "
-                f"blocks, got {blocks.shape[0]}"
-            )
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay
-        )
-        warmup = round(config.warmup_ratio * self.total_steps)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: cosine_with_warmup(step, warmup, self.total_steps)
-        )
-        # bf16 needs no loss scaling, fp32 no autocast
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype is torch.float16)
-        self.autocast = torch.autocast(self.device.type, compute_dtype, enabled=compute_dtype is not torch.float32)
+        self.backend, self.teacher, self.blocks, self.evaluation, self.config = backend, teacher, blocks, evaluation, config
+        self.steps_an_epoch, self.total_steps = plan(len(blocks), config, backend.world_size)
+        global_batch = config.batch_size * config.grad_accum_steps * backend.world_size
+        self.identity = resume.identity(config, mask, global_batch)
         self.progress = Progress()
+        self.asked_to_end = False
 
     def fit(self) -> Progress:
-        """Run all epochs. Prints `[PPL] epoch=… eval_ppl=…` after each."""
-        self.student.train()
-        stepped = track(self._steps(), "distilling", self.total_steps, self.progress.line)
-        for _ in stepped:
-            pass
-        self.student.eval()
+        """Run all epochs, from the newest checkpoint if there is one. Prints `[PPL] epoch=… eval_ppl=…`.
+
+        Raises:
+            SystemExit: SIGTERM came; a checkpoint was written.
+        """
+        if self.config.checkpoint_dir:
+            manifest = resume.load(self.backend, self.config, self.identity)
+            if manifest:
+                self.progress = Progress(**manifest["progress"])
+            signal.signal(signal.SIGTERM, self._ask_to_end)
+        self.backend.student.train()
+        steps = self._steps()
+        if self.backend.rank == 0:
+            steps = track(steps, "distilling", self.total_steps - len(self.progress.steps), self.progress.line)
+        for step in steps:
+            ending = self.backend.any(self.asked_to_end)
+            if self.config.checkpoint_dir and (ending or step % self.config.checkpoint_steps == 0):
+                resume.save(self.backend, self.config, step, self.identity, asdict(self.progress))
+            if ending:
+                log(f"asked to end: stopped after step {step}, the same command goes on from there")
+                raise SystemExit(PREEMPTED)
+        if self.config.keep_best and self.progress.epochs:
+            self.backend.restore_best()
+        self.backend.student.eval()
         return self.progress
+
+    def _ask_to_end(self, *_: Any) -> None:
+        self.asked_to_end = True
 
     def _steps(self) -> Iterator[int]:
         """Take one optimizer step after another; evaluate after each epoch and at the end."""
-        step = 0
-        for epoch in range(self.config.epochs):
-            for batches in self._batches(epoch):
-                start = time.monotonic()
-                entry = self.step(batches)
-                step += 1
-                self.progress.steps.append({"step": step} | entry)
-                self.progress.tokens += sum(batch.numel() for batch in batches)
-                self.progress.seconds += time.monotonic() - start
-                last_of_epoch = step == self.steps_an_epoch * (epoch + 1)
-                if last_of_epoch or step == self.total_steps:
-                    self._evaluate(epoch + 1)
-                yield step
-                if step == self.total_steps:
-                    return
+        while (done := len(self.progress.steps)) < self.total_steps and not self.progress.stopped_early:
+            rows = self._rows(done)
+            start = time.monotonic()
+            entry = self.step(rows)
+            self.progress.steps.append({"step": done + 1} | entry)
+            self.progress.tokens += sum(part.numel() for part in rows) * self.blocks.shape[1] * self.backend.world_size
+            self.progress.seconds += time.monotonic() - start
+            if (done + 1) % self.steps_an_epoch == 0 or done + 1 == self.total_steps:
+                self._end_epoch(done // self.steps_an_epoch + 1)
+            yield done + 1
 
-    def _batches(self, epoch: int) -> Iterator[list[Tensor]]:
-        """The micro-batches of each optimizer step of an epoch, in an order set by seed and epoch."""
+    def _rows(self, step: int) -> list[Tensor]:
+        """Which blocks this process reads in a step: one tensor of indices [batch_size] a micro-batch.
+
+        The order is set by seed and epoch; the processes share each step's blocks without overlap.
+        """
+        epoch, position = divmod(step, self.steps_an_epoch)
         generator = torch.Generator().manual_seed(self.config.seed * 100_003 + epoch)
-        order = torch.randperm(self.blocks.shape[0], generator=generator)
-        size, accumulate = self.config.batch_size, self.config.grad_accum_steps
-        for step in range(self.steps_an_epoch):
-            rows = order[step * size * accumulate : (step + 1) * size * accumulate]
-            yield [self.blocks[part] for part in rows.split(size)]
+        order = torch.randperm(len(self.blocks), generator=generator)
+        size = self.config.batch_size
+        here = size * self.config.grad_accum_steps
+        start = (position * self.backend.world_size + self.backend.rank) * here
+        return list(order[start : start + here].split(size))
 
-    def step(self, batches: list[Tensor]) -> dict[str, float]:
-        """One optimizer step over micro-batches of token ids [batch_size, seq_len].
+    def step(self, rows: list[Tensor]) -> dict[str, float]:
+        """One optimizer step over micro-batches of block indices [batch_size].
 
         Returns:
-            loss, kd_loss, ce_loss (means over the micro-batches), learning_rate, grad_norm (before clipping).
+            loss, kd_loss, ce_loss (means over micro-batches and processes), learning_rate, grad_norm (before clipping,
+            where the backend tells).
 
         Raises:
             ValueError: the loss is not finite.
         """
-        totals = torch.zeros(3, device=self.device)
-        for ids in batches:
-            losses = self.losses(ids.to(self.device))
-            self.scaler.scale(losses[0] / len(batches)).backward()
-            totals += torch.stack([part.detach() for part in losses]) / len(batches)
+        totals = torch.zeros(3, device=self.backend.device)
+        learning_rate = self.backend.schedule.get_last_lr()[0]
+        for part in rows:
+            losses = self.losses(part)
+            self.backend.backward(losses[0], len(rows))
+            totals += torch.stack([value.detach() for value in losses]) / len(rows)
+        totals = self.backend.mean(totals)
         if not torch.isfinite(totals).all():
             raise ValueError(f"the loss must be finite, got {totals.tolist()}: lower learning_rate or use another dtype")
-        self.scaler.unscale_(self.optimizer)
-        mask_gradients(self.parameters, self.pruned)  # before clipping: the norm is that of what trains
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
-        learning_rate = self.schedule.get_last_lr()[0]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        mask_weights(self.parameters, self.pruned)
+        norm = self.backend.step()
         loss, kd, ce = totals.tolist()
-        return {"loss": loss, "kd_loss": kd, "ce_loss": ce, "learning_rate": learning_rate, "grad_norm": float(norm)}
+        entry = {"loss": loss, "kd_loss": kd, "ce_loss": ce, "learning_rate": learning_rate}
+        return entry if norm is None else entry | {"grad_norm": norm}
 
-    def losses(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, kd_loss, ce_loss) on token ids [batch, seq_len]."""
-        with self.autocast:
-            hidden = self.student_decoder(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-            with torch.no_grad():
-                target = self.teacher_decoder(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-            labels = next_token_labels(ids).flatten()
+    def losses(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, kd_loss, ce_loss) on training blocks, by index [batch]."""
+        ids = self.blocks[rows].to(self.backend.device)
+        target = self.teacher.hidden(rows).flatten(0, 1)
+        with self.backend.autocast():
+            hidden = self.backend.decoder(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
             return distillation_loss(
                 hidden,
-                self.student_head,
+                self.backend.head,
                 target,
-                self.teacher_head,
-                labels,
+                self.teacher.head,
+                next_token_labels(ids).flatten(),
                 self.config.alpha_kd,
                 self.config.temperature,
+                self.config.kl_direction,
             )
 
-    def _evaluate(self, epoch: int) -> None:
-        if self.evaluate is None:
+    def evaluate(self) -> float:
+        """The student's perplexity on the evaluation blocks, which the processes share; every process must call this."""
+        assert self.evaluation is not None
+        count, length = self.evaluation.shape
+        share = -(-count // self.backend.world_size)
+        rows = torch.arange(share) + self.backend.rank * share
+        with self.backend.autocast():  # all processes run as many blocks, a sharded model needs them all; repeats do not count
+            losses = block_losses(self.backend.decoder, self.backend.head, self.evaluation[rows.clamp(max=count - 1)])
+        total = self.backend.mean(losses[rows.to(losses.device) < count].sum()) * self.backend.world_size
+        return from_mean_loss(float(total) / (count * (length - 1)))
+
+    def _end_epoch(self, epoch: int) -> None:
+        if self.evaluation is None:
             return
-        self.student.eval()
-        with self.autocast:
-            value = self.evaluate()
-        self.student.train()
-        log_perplexity("eval_ppl", value, prefix=f"epoch={epoch} ")
+        self.backend.student.eval()
+        value = self.evaluate()
+        self.backend.student.train()
+        if self.backend.rank == 0:
+            log_perplexity("eval_ppl", value, prefix=f"epoch={epoch} ")
         self.progress.epochs.append({"epoch": epoch, "eval_ppl": value})
+        best = self.progress.best()
+        if self.config.keep_best and best["epoch"] == epoch:
+            self.backend.keep_best()
+        if self.config.patience and epoch - best["epoch"] >= self.config.patience:
+            self.progress.stopped_early = True
+
+
+def plan(blocks: int, config: DistillConfig, world_size: int) -> tuple[int, int]:
+    """(optimizer steps an epoch, optimizer steps in all).
+
+    Raises:
+        ValueError: too few blocks for one step.
+    """
+    a_step = config.batch_size * config.grad_accum_steps * world_size
+    steps = blocks // a_step
+    if not steps:
+        raise ValueError(
+            f"train_data must have at least batch_size * grad_accum_steps * processes = {a_step} blocks, got {blocks}"
+        )
+    return steps, min(steps * config.epochs, config.max_steps or steps * config.epochs)

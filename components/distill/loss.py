@@ -2,6 +2,8 @@
 
     L = α · T² · KL(p_teacher ‖ p_student) + (1 − α) · CE(p_student, next token),   p = softmax(logits / T) in the KL
 
+(forward KL; the reverse, KL(p_student ‖ p_teacher), seeks the teacher's modes: Gu et al., "MiniLLM", 2023)
+
 averaged over the positions with a label (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015).
 
 A vocabulary is about a hundred times wider than the hidden states, so logits of teacher and student are made for a chunk
@@ -10,7 +12,8 @@ is computed in the same pass, in closed form:
 
     ∂L/∂logits = α · T · (softmax(s/T) − softmax(t/T)) + (1 − α) · (softmax(s) − onehot(label)),   ∂L/∂h = ∂L/∂logits · W
 
-The heads are never trained (they are outside the mask), so no gradient flows into them. Softmaxes are float32.
+and for the reverse KL  α · T · p_s ⊙ (log p_s − log p_t − KL)  in place of the first term. The heads are never trained
+(they are outside the mask), so no gradient flows into them. Softmaxes are float32.
 """
 
 from typing import Any
@@ -36,6 +39,7 @@ def distillation_loss(
     labels: Tensor,
     alpha_kd: float,
     temperature: float,
+    kl_direction: str = "forward",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss over all positions with a label.
 
@@ -47,12 +51,13 @@ def distillation_loss(
         labels: int64 [tokens], `IGNORED` where a position does not count.
         alpha_kd: α in [0, 1].
         temperature: T > 0.
+        kl_direction: `forward` or `reverse`.
 
     Returns:
         (loss, T²·KL, CE), scalars; only the first carries a gradient. All are 0, the graph intact, if no position counts.
     """
     loss, kd, ce = _ChunkedLoss.apply(
-        student_hidden, teacher_hidden.detach(), labels, student_head, teacher_head, alpha_kd, temperature
+        student_hidden, teacher_hidden.detach(), labels, student_head, teacher_head, alpha_kd, temperature, kl_direction
     )
     return loss, kd, ce
 
@@ -68,6 +73,7 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher_head: nn.Linear,
         alpha: float,
         temperature: float,
+        kl_direction: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient = torch.zeros_like(student_hidden, dtype=torch.float32)
         kd = torch.zeros((), device=student_hidden.device)
@@ -78,7 +84,7 @@ class _ChunkedLoss(torch.autograd.Function):
             compute_dtype = logits.dtype
             wanted = labels[rows, None]
             logits_gradient, kd_part, ce_part = chunk_loss(
-                logits.float(), teacher_head(teacher_hidden[rows]).float(), wanted, alpha, temperature
+                logits.float(), teacher_head(teacher_hidden[rows]).float(), wanted, alpha, temperature, kl_direction
             )
             kd += kd_part
             ce += ce_part
@@ -93,11 +99,11 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # scaled in float32 before the cast: with fp16 loss scaling the unscaled values would underflow
-        return ((ctx.saved_tensors[0] * gradients[0]).to(ctx.hidden_dtype), *[None] * 6)
+        return ((ctx.saved_tensors[0] * gradients[0]).to(ctx.hidden_dtype), *[None] * 7)
 
 
 def chunk_loss(
-    student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, temperature: float
+    student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, temperature: float, kl_direction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss sums and the gradient for one chunk of logits.
 
@@ -107,6 +113,7 @@ def chunk_loss(
         labels: int64 [chunk, 1].
         alpha: α.
         temperature: T.
+        kl_direction: `forward` or `reverse`.
 
     Returns:
         (∂L/∂student [chunk, vocabulary], Σ T²·KL, Σ CE).
@@ -115,9 +122,17 @@ def chunk_loss(
     ce = -log_student.gather(1, labels).sum()
     log_teacher = (teacher / temperature).log_softmax(-1)
     log_softened = log_student if temperature == 1 else (student / temperature).log_softmax(-1)
-    teacher_p = log_teacher.exp()
-    kd = temperature**2 * (teacher_p * (log_teacher - log_softened)).sum()
-    gradient = (log_softened.exp() - teacher_p).mul_(alpha * temperature)
+    student_p = log_softened.exp()
+    if kl_direction == "forward":
+        teacher_p = log_teacher.exp()
+        kd = temperature**2 * log_teacher.sub_(log_softened).mul_(teacher_p).sum()
+        gradient = student_p.sub_(teacher_p)
+    else:
+        ratio = log_softened - log_teacher
+        kl = (student_p * ratio).sum(-1, keepdim=True)  # [chunk, 1]
+        kd = temperature**2 * kl.sum()
+        gradient = ratio.sub_(kl).mul_(student_p)
+    gradient.mul_(alpha * temperature)
     gradient.add_(log_student.exp(), alpha=1 - alpha)
     gradient.scatter_add_(1, labels, torch.full_like(labels, alpha - 1, dtype=gradient.dtype))
     return gradient, kd, ce

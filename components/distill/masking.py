@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from components.core.mask import Mask
 
@@ -19,21 +20,26 @@ def train_only_masked(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if name in mask.tensors}
 
 
-def mask_on_device(mask: Mask, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name → bool tensor, True = pruned, beside each parameter."""
-    return {name: ~mask.tensors[name].to(parameter.device) for name, parameter in parameters.items()}
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; the tensor itself where nothing is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def mask_gradients(parameters: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
-    """Set gradients of pruned weights to zero, in place."""
+    """Set gradients of pruned weights to zero, in place; of sharded parameters the local part.
+
+    Args:
+        parameters: name → parameter.
+        pruned: name → bool tensor of the local part's shape, True = pruned.
+    """
     for name, parameter in parameters.items():
         if parameter.grad is not None:
-            parameter.grad.masked_fill_(pruned[name], 0)
+            local(parameter.grad).masked_fill_(pruned[name], 0)
 
 
 @torch.no_grad()
 def mask_weights(parameters: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
-    """Set pruned weights to zero, in place."""
+    """Set pruned weights to zero, in place. Arguments as in `mask_gradients`."""
     for name, parameter in parameters.items():
-        parameter.masked_fill_(pruned[name], 0)
+        local(parameter).masked_fill_(pruned[name], 0)

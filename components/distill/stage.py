@@ -1,8 +1,11 @@
 """Load teacher, student and mask; train; check that zeros stayed zero; save."""
 
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from components.core.checkpoint import (
     check_checkpoint,
@@ -14,62 +17,108 @@ from components.core.checkpoint import (
     load_tokenizer,
     read_history,
     save_checkpoint,
+    stats_file,
     weight_bytes,
     write_history,
 )
-from components.core.device import pick_device, pick_dtype
+from components.core.device import pick_dtype
 from components.core.files import check_new, new_directory
 from components.core.mask import Mask, check_fits, enforce, integrity, load_mask, weight_shapes
 from components.core.models import local_folder
-from components.core.perplexity import perplexity
 from components.core.progress import log, log_perplexity
 from components.core.record import StageRecord, Stopwatch, versions
 from components.core.tokens import load_blocks
+from components.distill import launch
+from components.distill.backends import make_backend
 from components.distill.config import DistillConfig
-from components.distill.loop import Trainer
+from components.distill.loop import Progress, Trainer, plan
+from components.distill.teacher import Teacher
 
 
 def run(config: DistillConfig) -> StageRecord:
-    """Distil, and write the student with its record.
+    """Distil, in as many processes as the settings say, and write the student with its record.
 
     Raises:
         ValueError: a setting does not fit the models, the mask or the text; before any heavy work.
         SparsityError: a weight outside the mask is not zero, and `fail_on_sparse_violation` is set.
     """
+    if config.launcher != "python" and not launch.started_already():
+        check_models(config, load_mask(config.mask_file), str(local_folder(config.teacher_model, parameter="teacher_model")))
+        launch.start(config)
+        return StageRecord.load(Path(config.output_dir) / stats_file("distill"))
+    device = launch.join(config)
+    try:
+        return train(config, device)
+    finally:
+        launch.leave()
+
+
+def train(config: DistillConfig, device: torch.device) -> StageRecord:
+    """This process's part of a run; the first process writes the result."""
     watch = Stopwatch()
-    device = pick_device()
     mask = load_mask(config.mask_file)
-    teacher_folder = local_folder(config.teacher_model)
+    teacher_folder = local_folder(config.teacher_model, parameter="teacher_model")
     check_models(config, mask, str(teacher_folder))
+    if config.no_mask:
+        mask = Mask({name: torch.ones_like(kept) for name, kept in mask.tensors.items()}, sparsity=0.0)
     tokenizer = load_tokenizer(config.student_model, config.trust_remote_code)
-    training = load_blocks("train_data", config.train_data, "train", tokenizer, config.seq_len)
+    blocks = training_blocks(config, tokenizer)
     evaluation = None
     if not config.skip_ppl_eval:
         evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
-
     dtype = pick_dtype(config.dtype, device)
-    student = load_model(config.student_model, torch.float32, device, config.trust_remote_code)
-    weights = dict(student.named_parameters())
-    enforce(integrity(weights, mask, config.sparse_check_eps))
-    teacher = load_model(teacher_folder, dtype, device, config.trust_remote_code)
-    history = read_history(config.student_model)
-    result = StageRecord("distill", asdict(config), versions=versions())
-    evaluate = None
-    if evaluation:
-        ids, text = evaluation.ids, evaluation.fingerprint()
-        evaluate = lambda: perplexity(student, ids)  # noqa: E731
-        start = known_perplexity(history, text)
-        result.measured["perplexity_before"] = perplexity(student, ids) if start is None else start
-        result.measured["perplexity_text"] = text
-        log_perplexity("finetune_start", result.measured["perplexity_before"])
+    backend = make_backend(config, device, dtype)
+    _, total_steps = plan(len(blocks), config, backend.world_size)
 
-    progress = Trainer(student, teacher, mask, training.ids, config, dtype, evaluate).fit()
-    student.to(dtype)
-    result.sparse_integrity_check = integrity(dict(student.named_parameters()), mask, config.sparse_check_eps)
+    student = load_model(config.student_model, torch.float32, device, config.trust_remote_code)
+    enforce(integrity(dict(student.named_parameters()), mask, config.sparse_check_eps))
+    cached = config.teacher_cache == "always" or (config.teacher_cache == "auto" and config.epochs > 1)
+    cache = Path(f"{config.output_dir}.teacher") if cached else None
+    teacher = Teacher(load_model(teacher_folder, dtype, device, config.trust_remote_code), blocks, cache)
+    backend.prepare(student, mask, total_steps)
+    trainer = Trainer(backend, teacher, blocks, evaluation.ids if evaluation else None, config, mask.fingerprint())
+    result = StageRecord("distill", asdict(config), versions=versions())
+    history = read_history(config.student_model)
+    if evaluation:
+        text = evaluation.fingerprint()
+        known = known_perplexity(history, text)
+        result.measured |= {"perplexity_before": trainer.evaluate() if known is None else known, "perplexity_text": text}
+        if backend.rank == 0:
+            log_perplexity("finetune_start", result.measured["perplexity_before"])
+
+    try:
+        progress = trainer.fit()
+    finally:
+        if backend.rank == 0:
+            teacher.forget()
+    weights = {name: weight.to(dtype) for name, weight in backend.full_weights().items()}
+    result.sparse_integrity_check = integrity(weights, mask, config.sparse_check_eps)
     if config.fail_on_sparse_violation:
         enforce(result.sparse_integrity_check)
+    describe(result, progress, config, mask, watch)
+    if backend.rank == 0:
+        write(config, result, history, weights, dtype, tokenizer)
+    backend.barrier()
+    return result
+
+
+def training_blocks(config: DistillConfig, tokenizer: Any) -> Tensor:
+    """Training tokens [blocks, seq_len], those of a second corpus mixed in at `mix_ratio`."""
+    blocks = load_blocks("train_data", config.train_data, "train", tokenizer, config.seq_len).ids
+    if not config.mix_data:
+        return blocks
+    mixed = load_blocks("mix_data", config.mix_data, "train", tokenizer, config.seq_len).ids
+    wanted = round(len(blocks) * config.mix_ratio / (1 - config.mix_ratio))
+    if wanted > len(mixed):  # the smaller corpus sets the size, none is repeated
+        wanted = len(mixed)
+        blocks = blocks[: round(wanted * (1 - config.mix_ratio) / config.mix_ratio)]
+    return torch.cat([blocks, mixed[:wanted]])
+
+
+def describe(result: StageRecord, progress: Progress, config: DistillConfig, mask: Mask, watch: Stopwatch) -> None:
+    """Put what a run measured into its record."""
     if progress.epochs:
-        result.measured["perplexity"] = progress.epochs[-1]["eval_ppl"]
+        result.measured["perplexity"] = (progress.best() if config.keep_best else progress.epochs[-1])["eval_ppl"]
     result.measured |= {
         "sparsity": mask.realised_sparsity(),
         "steps": len(progress.steps),
@@ -78,11 +127,40 @@ def run(config: DistillConfig) -> StageRecord:
         **watch.read(),
     }
     result.details |= {"steps": progress.steps, "epochs": progress.epochs}
+    if config.tensorboard_dir and launch.is_main():
+        write_tensorboard(config.tensorboard_dir, progress)
+
+
+def write(
+    config: DistillConfig,
+    result: StageRecord,
+    history: dict[str, Any],
+    weights: dict[str, Tensor],
+    dtype: torch.dtype,
+    tokenizer: Any,
+) -> None:
+    """Write the student with its trained weights, and its record."""
+    model = load_model(config.student_model, dtype, torch.device("cpu"), config.trust_remote_code)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
     with new_directory(config.output_dir) as scratch:
-        save_checkpoint(student, tokenizer, scratch)
+        save_checkpoint(model, tokenizer, scratch)
         write_history(scratch, history, result)
     log(f"distilled in {result.measured['seconds']:.0f} s: {config.output_dir}")
-    return result
+
+
+def write_tensorboard(folder: str, progress: Progress) -> None:
+    """Write the curves as TensorBoard files."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder) as writer:
+        for entry in progress.steps:
+            for name in entry.keys() - {"step"}:
+                writer.add_scalar(f"train/{name}", entry[name], int(entry["step"]))
+        for entry in progress.epochs:
+            writer.add_scalar("eval/perplexity", entry["eval_ppl"], int(entry["epoch"]))
 
 
 def check_models(config: DistillConfig, mask: Mask, teacher_folder: str) -> None:

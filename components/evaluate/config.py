@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from components.core.checks import at_least, given, one_of
+from components.core.checks import DTYPES, at_least, given, one_of
 from components.core.corpus import WIKITEXT2, check_data
-from components.core.device import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
 """Settings of the prune stage."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from components.core.checks import above, at_least, given, one_of, parse_pattern
-from components.core.corpus import WIKITEXT2, check_data
-from components.core.device import DTYPES
+from components.core.checks import DTYPES, above, at_least, given, one_of, parse_pattern
+from components.core.corpus import WIKITEXT2, check_data, check_held_out
 from components.core.files import check_new
 from components.core.models import check_model_id
 
@@ -20,7 +20,7 @@ class PruneConfig:
     output_dir: str
     """Folder to create: the sparse checkpoint, sparsity_mask.safetensors, prune_stats.json."""
     mask_file: str = ""
-    """Where to write the mask instead of the output folder."""
+    """Where to write the mask instead of the output folder: a file outside it."""
     sparsity: float = 0.7
     """Share of weights to remove from each linear layer, in [0, 1); for a pattern N:M it must be 1 - N/M."""
     pattern: str = "unstructured"
@@ -74,6 +74,9 @@ class PruneConfig:
         check_data("calibration_data", self.calibration_data)
         if not self.skip_ppl_eval:
             check_data("eval_data", self.eval_data)
+            check_held_out("calibration_data", self.calibration_data, self.eval_data)
         check_new("output_dir", self.output_dir)
         if self.mask_file:
             check_new("mask_file", self.mask_file)
+            if Path(self.mask_file).resolve().is_relative_to(Path(self.output_dir).resolve()):
+                raise ValueError(f"mask_file must lie outside output_dir {self.output_dir}, got {self.mask_file}")

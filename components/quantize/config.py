@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.core.checks import at_least, given, one_of
+from components.core.checks import DTYPES, at_least, given, one_of
 from components.core.corpus import WIKITEXT2, check_data
-from components.core.device import DTYPES
 from components.core.files import check_new
 
 FORMATS = ("int8", "fp8")

@@ -43,7 +43,7 @@ def run(config: QuantizeConfig) -> StageRecord:
     check_dense("model_dir", config.model_dir, model_config)
     mask = load_mask(config.mask_file) if config.mask_file else None
     if mask:
-        check_fits(mask, weight_shapes(empty_model(model_config, config.trust_remote_code)))
+        check_mask(mask, empty_model(model_config, config.trust_remote_code))
     check_new("output_dir", config.output_dir, weight_bytes(config.model_dir))
     method = backend(config.format)
     tokenizer = load_tokenizer(config.model_dir, config.trust_remote_code)
@@ -53,12 +53,11 @@ def run(config: QuantizeConfig) -> StageRecord:
         evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
 
     model = load_model(config.model_dir, pick_dtype(config.dtype, device), device, config.trust_remote_code)
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    mask = mask or zeros(model, head)
+    mask = mask or zeros(model)
     log(f"quantizing to {config.format} with {method.NAME}")
     result = StageRecord("quantize", asdict(config), versions=versions())
     with new_directory(config.output_dir) as scratch:
-        save_checkpoint(method.quantize(model, config.format, head), tokenizer, scratch)
+        save_checkpoint(method.quantize(model, config.format, head_name(model)), tokenizer, scratch)
         del model
         quantized = load_model(scratch, pick_dtype(config.dtype, device), device, config.trust_remote_code)
         data = {name: method.stored(quantized.get_submodule(name.removesuffix(".weight"))) for name in mask.tensors}
@@ -91,12 +90,30 @@ def backend(format: str) -> ModuleType:
     return with_compressed_tensors
 
 
-@torch.no_grad()
-def zeros(model: Any, head: str) -> Mask:
-    """The mask of a model's present zeros, in all linears but the head."""
-    tensors: dict[str, Tensor] = {
-        f"{name}.weight": (module.weight != 0).cpu()
+def head_name(model: Any) -> str:
+    """Name of the module that makes the logits."""
+    head = model.get_output_embeddings()
+    return next(str(name) for name, module in model.named_modules() if module is head)
+
+
+def quantized_weights(model: Any) -> dict[str, Tensor]:
+    """What is quantized: the weights of all linears but the head, by name."""
+    head = head_name(model)
+    return {
+        f"{name}.weight": module.weight
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name != head
     }
-    return Mask(tensors)
+
+
+def check_mask(mask: Mask, model: Any) -> None:
+    """Check that a mask belongs to a model, and that the invariant can be checked where it masks. Raises ValueError."""
+    check_fits(mask, weight_shapes(model))
+    for name in sorted(mask.tensors.keys() - quantized_weights(model).keys()):
+        raise ValueError(f"mask_file must mask linears that are quantized, got {name}")
+
+
+@torch.no_grad()
+def zeros(model: Any) -> Mask:
+    """The mask of a model's present zeros in what is quantized."""
+    return Mask({name: (weight != 0).cpu() for name, weight in quantized_weights(model).items()})

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from components.core.checks import at_least, given
-from components.core.corpus import WIKITEXT2, check_corpus, splits_overlap
+from components.core.corpus import WIKITEXT2, check_corpus, check_held_out
 from components.core.files import check_new
 
 
@@ -45,9 +45,5 @@ class TokenizeConfig:
         at_least("eval_seq_len", self.eval_seq_len, 2)
         check_corpus("train_data", self.train_data)
         check_corpus("eval_data", self.eval_data)
-        if splits_overlap(self.train_data, self.eval_data):
-            raise ValueError(
-                f"eval_data must be other text than train_data, got {self.eval_data}: give another file, "
-                "or a folder with train.* and test.* files"
-            )
+        check_held_out("train_data", self.train_data, self.eval_data)
         check_new("output_dir", self.output_dir)

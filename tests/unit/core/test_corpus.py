@@ -5,10 +5,10 @@ import os
 import platform
 import re
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import datasets
 import pytest
-from pydoc_data.topics import topics
 
 from components.core.corpus import (
     PYTHON_DOCS,
@@ -186,6 +186,7 @@ def test_wrong_specs_are_refused(tmp_path, monkeypatch, check, spec, rule):
         ("empty.jsonl", b""),
         ("blank.jsonl", b'{"text": ""}\n{"text": " "}\n'),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_corpus_without_text_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -204,6 +205,7 @@ def test_a_corpus_without_text_is_refused(tmp_path, name, content):
         ("garbage.parquet", b"PAR1 garbage"),
         ("empty.parquet", b""),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_file_that_cannot_be_read_is_named_with_its_parameter(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)

@@ -40,18 +40,26 @@ def test_directory_appears_whole_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
 def test_directory_is_gone_after_a_failure(tmp_path, failure):
-    with pytest.raises(type(failure)), new_directory(tmp_path / "out") as scratch:
-        (scratch / "nested").mkdir()
-        (scratch / "nested" / "half.txt").write_text("ha")
-        raise failure
+    def write() -> None:
+        with new_directory(tmp_path / "out") as scratch:
+            (scratch / "nested").mkdir()
+            (scratch / "nested" / "half.txt").write_text("ha")
+            raise failure
+
+    with pytest.raises(type(failure)):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_directory_is_gone_when_the_name_was_taken_meanwhile(tmp_path):
-    with pytest.raises(OSError, match="not empty"), new_directory(tmp_path / "out") as scratch:
-        (scratch / "mine").touch()
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "theirs").touch()
+    def write() -> None:
+        with new_directory(tmp_path / "out") as scratch:
+            (scratch / "mine").touch()
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "theirs").touch()
+
+    with pytest.raises(OSError, match="not empty"):
+        write()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/theirs"]
 
 
@@ -97,9 +105,14 @@ def test_file_appears_whole_and_replaces_the_old_one(tmp_path):
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
 def test_file_is_as_before_after_a_failure(tmp_path, failure):
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(type(failure)), new_file(tmp_path / "a.txt") as scratch:
-        scratch.write_text("ne")
-        raise failure
+
+    def write() -> None:
+        with new_file(tmp_path / "a.txt") as scratch:
+            scratch.write_text("ne")
+            raise failure
+
+    with pytest.raises(type(failure)):
+        write()
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
 

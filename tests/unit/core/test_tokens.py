@@ -1,5 +1,7 @@
 """Blocks of token ids: how they are cut, and what a stored folder is checked for."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -196,8 +198,7 @@ def test_fewer_blocks_than_asked_for_are_refused(tokenizer, stored):
 @pytest.mark.parametrize("kind", ["garbage", "truncated", "no such split", "no metadata"])
 def test_what_is_no_tokens_folder_is_refused(tmp_path, tokenizer, stored, kind):
     file = tmp_path / TOKENS_FILE
-    with open(f"{stored}/{TOKENS_FILE}", "rb") as whole:  # noqa: PTH123
-        content = whole.read()
+    content = (Path(stored) / TOKENS_FILE).read_bytes()
     if kind == "garbage":
         file.write_bytes(b"garbage garbage")
     elif kind == "truncated":
@@ -216,7 +217,11 @@ def test_fingerprint_is_that_of_the_very_tokens():
     assert TokenBlocks(ids.clone(), "same tokens of another text", "words").fingerprint() == original
     changed = ids.clone()
     changed[1, 31] += 1
-    others = [TokenBlocks(changed, "text", "words"), TokenBlocks(ids.view(4, 16), "text", "words"), TokenBlocks(ids, "text", "w")]
+    others = [
+        TokenBlocks(changed, "text", "words"),
+        TokenBlocks(ids.view(4, 16), "text", "words"),
+        TokenBlocks(ids, "text", "w"),
+    ]
     assert original not in {other.fingerprint() for other in others}
 
 

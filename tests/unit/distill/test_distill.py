@@ -10,11 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from components.core.checkpoint import read_history
 from components.core.mask import MASK_FILE, SparsityError, integrity, load_mask
-from components.distill import loop
+from components.distill import backends
+from components.distill.backends import SingleProcess
 from components.distill.config import DistillConfig
-from components.distill.loop import Trainer, cosine_with_warmup
+from components.distill.loop import Trainer, plan
 from components.distill.masking import mask_gradients, mask_weights
+from components.distill.schedule import cosine_with_warmup
 from components.distill.stage import run
+from components.distill.teacher import Teacher
 from components.prune.config import PruneConfig
 from components.prune.stage import run as prune
 from tests.conftest import save_tiny
@@ -58,41 +61,44 @@ def settings(folder, corpus, output, **changes) -> DistillConfig:
     return DistillConfig(**(plain | LENGTHS | changes))
 
 
-def trainer(folder, corpus, tmp_path, **changes) -> Trainer:
+def trainer(folder, corpus, tmp_path, cache=None, **changes) -> Trainer:
     config = settings(folder, corpus, tmp_path / "out", **changes)
-    models = [AutoModelForCausalLM.from_pretrained(path) for path in (config.student_model, config.teacher_model)]
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in (config.student_model, config.teacher_model))
     blocks = torch.randint(256, (40, 32), generator=torch.Generator().manual_seed(1))
-    return Trainer(*models, load_mask(config.mask_file), blocks, config, torch.float32, None)
+    mask = load_mask(config.mask_file)
+    backend = SingleProcess(config, torch.device("cpu"), torch.float32)
+    backend.prepare(student, mask, plan(len(blocks), config, 1)[1])
+    return Trainer(backend, Teacher(teacher, blocks, cache), blocks, None, config, mask.fingerprint())
 
 
 def test_zeros_are_exactly_zero_after_20_steps_with_weight_decay(pruned, corpus, tmp_path):
     run = trainer(pruned, corpus, tmp_path, weight_decay=0.1, learning_rate=1e-2, epochs=2)
-    before = {name: value.clone() for name, value in run.student.state_dict().items()}
+    before = {name: value.clone() for name, value in run.backend.student.state_dict().items()}
     progress = run.fit()
     assert len(progress.steps) == 20
     mask = load_mask(pruned / "pruned")
-    for name, parameter in run.student.named_parameters():
+    for name, parameter in run.backend.student.named_parameters():
         if name in mask.tensors:
             assert (parameter[~mask.tensors[name]] == 0).all()
             assert (parameter[mask.tensors[name]] != before[name][mask.tensors[name]]).float().mean() > 0.9
             for moment in ("exp_avg", "exp_avg_sq"):
-                assert (run.optimizer.state[parameter][moment][~mask.tensors[name]] == 0).all()
+                assert (run.backend.optimizer.state[parameter][moment][~mask.tensors[name]] == 0).all()
         else:
             assert torch.equal(parameter, before[name]), name
     assert progress.steps[-1]["loss"] < progress.steps[0]["loss"]
 
 
 def test_without_masking_the_check_fails(pruned, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "mask_gradients", lambda *_: None)
-    monkeypatch.setattr(loop, "mask_weights", lambda *_: None)
+    monkeypatch.setattr(backends, "mask_gradients", lambda *_: None)
+    monkeypatch.setattr(backends, "mask_weights", lambda *_: None)
     with pytest.raises(SparsityError, match=r"zero outside its mask.*model\.layers"):
         run(settings(pruned, corpus, tmp_path / "out", max_steps=2))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_violation_can_be_recorded_instead(pruned, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "mask_gradients", lambda *_: None)
-    monkeypatch.setattr(loop, "mask_weights", lambda *_: None)
+    monkeypatch.setattr(backends, "mask_gradients", lambda *_: None)
+    monkeypatch.setattr(backends, "mask_weights", lambda *_: None)
     run(settings(pruned, corpus, tmp_path / "out", max_steps=1, fail_on_sparse_violation=False))
     check = json.loads((tmp_path / "out" / "distill_stats.json").read_text())["sparse_integrity_check"]
     assert not check["passed"]
@@ -115,7 +121,7 @@ def test_accumulated_batches_give_the_gradient_of_one_batch(pruned, corpus, tmp_
     results = []
     for batch_size, accumulate in ((4, 1), (1, 4)):
         run = trainer(pruned, corpus, tmp_path, batch_size=batch_size, grad_accum_steps=accumulate, max_steps=2)
-        results.append((run.fit().steps, run.student.state_dict()))
+        results.append((run.fit().steps, run.backend.student.state_dict()))
     for left, right in zip(results[0][0], results[1][0], strict=True):
         assert left == pytest.approx(right, rel=1e-4)
     for name, value in results[0][1].items():
@@ -127,16 +133,16 @@ def test_same_seed_same_weights_other_seed_other_order(pruned, corpus, tmp_path)
     losses = [run.fit().steps for run in runs]
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
-    for left, right in zip(runs[0].student.parameters(), runs[1].student.parameters(), strict=True):
+    for left, right in zip(runs[0].backend.student.parameters(), runs[1].backend.student.parameters(), strict=True):
         assert torch.equal(left, right)
 
 
 def test_an_epoch_sees_each_block_once_in_another_order(pruned, corpus, tmp_path):
     run = trainer(pruned, corpus, tmp_path, max_steps=0)
-    epochs = [torch.cat([torch.cat(batches) for batches in run._batches(epoch)]) for epoch in (0, 1)]
+    epochs = [[row for step in range(10) for part in run._rows(first + step) for row in part.tolist()] for first in (0, 10)]
     for seen in epochs:
-        assert sorted(seen.tolist()) == sorted(run.blocks.tolist())
-    assert not torch.equal(*epochs)
+        assert sorted(seen) == list(range(40))
+    assert epochs[0] != epochs[1]
 
 
 def test_learning_rate_rises_and_falls_and_is_never_lost():
@@ -185,5 +191,5 @@ def test_the_older_mask_form_works(pruned, corpus, tmp_path):
 
 
 def test_too_few_blocks_for_a_step(pruned, corpus, tmp_path):
-    with pytest.raises(ValueError, match=r"train_data.*batch_size \* grad_accum_steps = 800"):
+    with pytest.raises(ValueError, match=r"train_data.*batch_size \* grad_accum_steps \* processes = 800"):
         trainer(pruned, corpus, tmp_path, batch_size=100, grad_accum_steps=8)

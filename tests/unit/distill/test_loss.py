@@ -20,14 +20,15 @@ def case(tokens: int = 37, width: int = 16, vocabulary: int = 51, bias: bool = F
     }
 
 
-def plain(student_hidden, student_head, teacher_hidden, teacher_head, labels, alpha, temperature):
+def plain(student_hidden, student_head, teacher_hidden, teacher_head, labels, alpha, temperature, kl_direction="forward"):
     """The formula as it is written, on whole logits."""
     keep = labels != IGNORED
     student = student_head(student_hidden)[keep].float()
     teacher = teacher_head(teacher_hidden)[keep].float()
     soft_student = functional.log_softmax(student / temperature, -1)
     soft_teacher = functional.log_softmax(teacher / temperature, -1)
-    kl = functional.kl_div(soft_student, soft_teacher, log_target=True, reduction="batchmean")
+    pair = (soft_student, soft_teacher) if kl_direction == "forward" else (soft_teacher, soft_student)
+    kl = functional.kl_div(*pair, log_target=True, reduction="batchmean")
     ce = functional.cross_entropy(student, labels[keep])
     return alpha * temperature**2 * kl + (1 - alpha) * ce
 
@@ -35,13 +36,14 @@ def plain(student_hidden, student_head, teacher_hidden, teacher_head, labels, al
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_equals_the_plain_formula_with_its_gradient(monkeypatch, alpha, temperature, bias):
+@pytest.mark.parametrize("kl_direction", ["forward", "reverse"])
+def test_equals_the_plain_formula_with_its_gradient(monkeypatch, alpha, temperature, bias, kl_direction):
     monkeypatch.setattr(loss_module, "TOKENS_A_CHUNK", 8)  # several chunks, the last one short
     inputs = case(bias=bias)
     inputs["labels"][[0, 5, 36]] = IGNORED
-    wanted = plain(**inputs, alpha=alpha, temperature=temperature)
+    wanted = plain(**inputs, alpha=alpha, temperature=temperature, kl_direction=kl_direction)
     (wanted_gradient,) = torch.autograd.grad(wanted, inputs["student_hidden"])
-    found, kd, ce = distillation_loss(**inputs, alpha_kd=alpha, temperature=temperature)
+    found, kd, ce = distillation_loss(**inputs, alpha_kd=alpha, temperature=temperature, kl_direction=kl_direction)
     (2 * found).backward()
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(inputs["student_hidden"].grad, 2 * wanted_gradient, rtol=1e-4, atol=1e-7)

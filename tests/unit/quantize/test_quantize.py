@@ -59,9 +59,7 @@ def check(folder, dense, record, corpus):
 @pytest.mark.parametrize("format", ["int8", "fp8"])
 def test_reloads_equal_in_a_fresh_process(sparse, corpus, tmp_path, capsys, format):
     record = run(
-        QuantizeConfig(
-            model_dir=str(sparse), output_dir=str(tmp_path / "out"), format=format, eval_data=str(corpus), **COMMON
-        )
+        QuantizeConfig(model_dir=str(sparse), output_dir=str(tmp_path / "out"), format=format, eval_data=str(corpus), **COMMON)
     )
     assert f"[PPL] after_quantization={record.measured['perplexity']:.4f}" in capsys.readouterr().out
     assert record.measured["backend"] == "optimum-quanto"

@@ -1,0 +1,98 @@
+"""Start the processes of a run, and find this process's place among them."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from components.core.device import pick_device
+from components.distill.config import DistillConfig
+
+STARTED = "DISTILL_STARTED"
+
+
+def started_already() -> bool:
+    """Whether a launcher has started this process: torchrun sets its rank, `start` leaves a mark.
+
+    accelerate sets no rank for a single process; without the mark such a child would start children for ever.
+    """
+    return "RANK" in os.environ or STARTED in os.environ
+
+
+def is_main() -> bool:
+    """Whether this process speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def command(config: DistillConfig, cuda: bool) -> list[str]:
+    """The command that starts `nproc_per_node` processes of this stage with the same settings.
+
+    Args:
+        config: the settings; `launcher` is `torchrun` or `accelerate`.
+        cuda: whether there are GPUs.
+    """
+    processes, port = str(config.nproc_per_node), str(config.master_port)
+    if config.launcher == "torchrun":
+        # the endpoint of the rendezvous is this machine alone; a cluster's operator starts torchrun itself
+        start = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", processes]
+        start += ["--master_addr", "127.0.0.1", "--master_port", port]
+    else:
+        start = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", processes]
+        start += ["--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no"]
+        if config.nproc_per_node > 1:
+            start += ["--multi_gpu"]  # through torchrun; without GPUs too, where accelerate alone would want MPI
+        elif not cuda:
+            start += ["--cpu"]
+    return [sys.executable, *start, "-m", "components.distill", *flags(config)]
+
+
+def flags(config: DistillConfig) -> list[str]:
+    """The settings as flags of this stage's command line."""
+    values = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
+    return [f"--{name}={value}" for name, value in values.items() if value != ""]
+
+
+def start(config: DistillConfig) -> None:
+    """Run the processes to their end; SIGTERM goes on to them.
+
+    Raises:
+        SystemExit: they ended with another code than 0, which is the exit code.
+    """
+    with subprocess.Popen(command(config, torch.cuda.is_available()), env=os.environ | {STARTED: "1"}) as process:
+
+        def pass_on(number: int, _: FrameType | None) -> None:
+            process.send_signal(number)
+
+        before = signal.signal(signal.SIGTERM, pass_on)
+        try:
+            code = process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)
+
+
+def join(config: DistillConfig) -> torch.device:
+    """Join the other processes; returns this one's device."""
+    device = pick_device()
+    if config.backend == "none":
+        return device
+    if "RANK" not in os.environ:  # a single process of a distributed backend
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(config.master_port)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def leave() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,96 @@
+"""Checkpoints of a training run, to go on after a kill: `torch.distributed.checkpoint` plus a manifest.
+
+A checkpoint is a folder `step-00000040` that holds the trained weights, Adam's moments and each process's random state, and
+`manifest.json`, written last: a folder without one is incomplete and never read, whatever its date. Weights and moments
+are stored with their global shapes, so another number of FSDP processes can go on from them.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from components.core.files import read_json, write_json
+from components.core.progress import log
+from components.distill.backends import SingleProcess
+from components.distill.config import DistillConfig
+from components.distill.schedule import restore_schedule
+
+MANIFEST = "manifest.json"
+# a run may go on with other values of these
+FREE_SETTINGS = {
+    "output_dir", "backend", "launcher", "nproc_per_node", "master_port", "deepspeed_config", "batch_size", "grad_accum_steps",
+    "checkpoint_dir", "checkpoint_steps", "keep_checkpoints", "tensorboard_dir", "gradient_checkpointing", "trust_remote_code",
+}  # fmt: skip
+
+
+def identity(config: DistillConfig, mask: str, global_batch: int) -> dict[str, Any]:
+    """What must be the same for a run to go on: settings, mask and the number of blocks a step."""
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
+    return {"mask": mask, "global_batch": global_batch, "settings": settings}
+
+
+def newest(folder: Path) -> Path | None:
+    """The complete checkpoint with the highest step."""
+    complete = sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+    return complete[-1] if complete else None
+
+
+def save(
+    backend: SingleProcess, config: DistillConfig, step: int, identity: Mapping[str, Any], progress: dict[str, Any]
+) -> None:
+    """Write a checkpoint and forget the oldest; every process must call this."""
+    folder = Path(config.checkpoint_dir) / f"step-{step:08d}"
+    if backend.rank == 0 and folder.exists():
+        shutil.rmtree(folder)  # left incomplete by a kill
+    backend.barrier()
+    backend.save_state(folder)
+    if backend.rank == 0:
+        manifest = {
+            "step": step,
+            "world_size": backend.world_size,
+            "has_best": bool(backend.best),
+            "scaler": backend.scaler.state_dict(),
+            "identity": identity,
+            "progress": progress,
+        }
+        write_json(folder / MANIFEST, manifest)
+        for old in sorted(Path(config.checkpoint_dir).glob("step-*"))[: -config.keep_checkpoints]:
+            shutil.rmtree(old, ignore_errors=True)
+        log(f"checkpoint: {folder}")
+    backend.barrier()
+
+
+def load(backend: SingleProcess, config: DistillConfig, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Go on from the newest complete checkpoint; every process must call this.
+
+    Returns:
+        its manifest, or None where there is no checkpoint.
+
+    Raises:
+        ValueError: the checkpoint belongs to another run; names the first setting that differs.
+    """
+    folder = newest(Path(config.checkpoint_dir))
+    if folder is None:
+        return None
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    if manifest["identity"] != dict(identity):
+        raise ValueError(
+            f"checkpoint_dir must hold checkpoints of this run, {folder} differs in {_difference(manifest, identity)}"
+        )
+    backend.load_state(folder, manifest["world_size"] == backend.world_size, manifest["has_best"])
+    restore_schedule(backend.optimizer, backend.schedule, manifest["step"])
+    backend.scaler.load_state_dict(manifest["scaler"])
+    if backend.rank == 0:
+        log(f"going on from {folder}")
+    return manifest
+
+
+def _difference(manifest: dict[str, Any], identity: Mapping[str, Any]) -> str:
+    then, now = manifest["identity"], dict(identity)
+    for name in ("mask", "global_batch"):
+        if then[name] != now[name]:
+            return f"{name}: {then[name]} then, {now[name]} now"
+    names = [name for name in now["settings"] if then["settings"].get(name) != now["settings"][name]]
+    return ", ".join(f"{name}: {then['settings'].get(name)} then, {now['settings'][name]} now" for name in names[:1])

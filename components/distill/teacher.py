@@ -1,0 +1,56 @@
+"""The teacher's final hidden states, computed each time or once and kept on disk.
+
+Hidden states are small and exact where logits are large: 2 bytes times the width a token, against 4 bytes times the
+vocabulary. With the cache they are rounded to bfloat16 in every epoch alike, so a run does not depend on what was cached.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.core.perplexity import decoder_and_head
+
+
+class Teacher:
+    """The dense model, asked for hidden states of training blocks.
+
+    Args:
+        model: causal language model, in its compute format.
+        cache: folder for the cache, on a local disk, shared by the processes of this machine; None = no cache.
+        blocks: training tokens [blocks, seq_len].
+    """
+
+    def __init__(self, model: Any, blocks: Tensor, cache: Path | None) -> None:
+        self.blocks, self.cache = blocks, cache
+        self.decoder, self.head = decoder_and_head(model)
+        self.device = self.head.weight.device
+        if cache:
+            cache.mkdir(parents=True, exist_ok=True)
+            shape = (*blocks.shape, self.head.in_features)
+            count = blocks.numel() * self.head.in_features
+            # sparse files of their full size, mapped into memory; a block's flag is set after its states are written
+            self.states = torch.from_file(str(cache / "hidden.bf16"), shared=True, size=count, dtype=torch.bfloat16).view(shape)
+            self.known = torch.from_file(str(cache / "known.u8"), shared=True, size=len(blocks), dtype=torch.uint8)
+
+    @torch.no_grad()
+    def hidden(self, rows: Tensor) -> Tensor:
+        """Final hidden states [len(rows), seq_len, width] of training blocks, by index."""
+        if self.cache is None:
+            return self._compute(rows)
+        missing = rows[self.known[rows] == 0]
+        if missing.numel():
+            self.states[missing] = self._compute(missing).to(torch.bfloat16).cpu()
+            self.known[missing] = 1
+        return self.states[rows].to(self.device, self.head.weight.dtype)
+
+    def _compute(self, rows: Tensor) -> Tensor:
+        hidden: Tensor = self.decoder(input_ids=self.blocks[rows].to(self.device), use_cache=False).last_hidden_state
+        return hidden
+
+    def forget(self) -> None:
+        """Remove the cache from the disk."""
+        if self.cache:
+            shutil.rmtree(self.cache, ignore_errors=True)

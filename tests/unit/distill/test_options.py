@@ -1,0 +1,135 @@
+"""What a run can be asked for: teacher cache, keeping the best, ending early, mixed text, a dense control, TensorBoard."""
+
+import json
+
+import pytest
+import torch
+
+from components.core.mask import load_mask
+from components.distill.stage import run, training_blocks
+from components.distill.teacher import Teacher
+from tests.conftest import save_tiny, tiny_model, tiny_tokenizer
+from tests.unit.distill.test_distill import pruned, settings, trainer  # noqa: F401 (a fixture)
+
+
+def count_calls(teacher):
+    """How many training blocks the teacher's model has read, as a list that grows."""
+    seen = []
+    teacher.decoder.register_forward_hook(
+        lambda _, args, kwargs, output: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    return seen
+
+
+def test_with_the_cache_the_teacher_reads_each_block_once(pruned, corpus, tmp_path):  # noqa: F811
+    run = trainer(pruned, corpus, tmp_path, cache=tmp_path / "cache", epochs=3, max_steps=0)
+    seen = count_calls(run.teacher)
+    run.fit()
+    assert sum(seen) == 40
+    assert len(run.progress.steps) == 30
+
+
+def test_the_cache_changes_no_loss_beyond_its_rounding(pruned, corpus, tmp_path):  # noqa: F811
+    plain = trainer(pruned, corpus, tmp_path, epochs=2, max_steps=0).fit()
+    cached = trainer(pruned, corpus, tmp_path, cache=tmp_path / "cache", epochs=2, max_steps=0).fit()
+    for left, right in zip(plain.steps, cached.steps, strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=2e-3)
+
+
+def test_cached_states_are_the_teachers_rounded_and_the_same_each_time(tmp_path):
+    blocks = torch.randint(256, (5, 16), generator=torch.Generator().manual_seed(0))
+    model = tiny_model("qwen3", tied=True)
+    plain, cached = Teacher(model, blocks, None), Teacher(model, blocks, tmp_path / "cache")
+    rows = torch.tensor([3, 1])
+    first, second = cached.hidden(rows), cached.hidden(rows)
+    assert torch.equal(first, second)
+    assert torch.equal(first, plain.hidden(rows).to(torch.bfloat16).float())
+    another = Teacher(model, blocks, tmp_path / "cache")  # another process on the same machine
+    seen = count_calls(another)
+    assert torch.equal(another.hidden(rows), first)
+    assert not seen
+    cached.forget()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_stage_leaves_no_cache_behind(pruned, corpus, tmp_path):  # noqa: F811
+    run(settings(pruned, corpus, tmp_path / "out", teacher_cache="always", max_steps=2))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_best_evaluation_is_kept_and_patience_ends_a_run(pruned, corpus, tmp_path):  # noqa: F811
+    """A learning rate that destroys the model after some epochs: the first epochs are the best."""
+    changes = {"learning_rate": 0.3, "epochs": 6, "max_steps": 0, "batch_size": 8, "warmup_ratio": 1.0, "max_grad_norm": 1e9}
+    record = run(settings(pruned, corpus, tmp_path / "out", keep_best=True, patience=2, **changes))
+    epochs = [entry["eval_ppl"] for entry in record.details["epochs"]]
+    best = epochs.index(min(epochs)) + 1
+    assert len(epochs) == min(best + 2, 6)
+    assert record.measured["perplexity"] == min(epochs)
+
+
+def test_the_saved_weights_are_those_of_the_best_epoch(pruned, corpus, tmp_path):  # noqa: F811
+    from components.evaluate.config import EvaluateConfig
+    from components.evaluate.stage import run as evaluate
+
+    changes = {"learning_rate": 0.3, "epochs": 4, "max_steps": 0, "batch_size": 8, "warmup_ratio": 1.0, "max_grad_norm": 1e9}
+    record = run(settings(pruned, corpus, tmp_path / "out", keep_best=True, **changes))
+    assert record.details["epochs"][-1]["eval_ppl"] > record.measured["perplexity"]  # the last is not the best
+    found = evaluate(EvaluateConfig(model_dir=str(tmp_path / "out"), eval_data=str(corpus), eval_blocks=4, eval_seq_len=32))
+    assert found.measured["perplexity"] == pytest.approx(record.measured["perplexity"], rel=1e-5)
+
+
+def test_mixed_text_has_its_share(pruned, corpus, tmp_path):  # noqa: F811
+    second = tmp_path / "second.txt"
+    second.write_text("Z" * 32 * 1000)
+    config = settings(pruned, corpus, tmp_path / "out", mix_data=str(second), mix_ratio=0.25)
+    blocks = training_blocks(config, tiny_tokenizer())
+    from_second = (blocks == blocks[-1, 0]).all(1).float().mean()
+    assert from_second == pytest.approx(0.25, abs=0.01)
+
+
+def test_the_dense_control_trains_the_same_layers_without_zeros(pruned, corpus, tmp_path):  # noqa: F811
+    config = settings(pruned, corpus, tmp_path / "out", student_model=str(pruned / "dense"), no_mask=True, max_steps=3)
+    record = run(config)
+    assert record.measured["sparsity"] == 0
+    from transformers import AutoModelForCausalLM
+
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (pruned / "dense", tmp_path / "out"))
+    trained = load_mask(pruned / "pruned").tensors
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) is (name not in trained), name
+
+
+def test_tensorboard_files_hold_the_curves(pruned, corpus, tmp_path):  # noqa: F811
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    record = run(settings(pruned, corpus, tmp_path / "out", tensorboard_dir=str(tmp_path / "board"), max_steps=3))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    found = [event.value for event in events.Scalars("train/loss")]
+    assert found == pytest.approx([step["loss"] for step in record.details["steps"]])
+
+
+def test_gradient_checkpointing_changes_nothing(pruned, corpus, tmp_path):  # noqa: F811
+    losses = [
+        [step["loss"] for step in trainer(pruned, corpus, tmp_path, max_steps=3, gradient_checkpointing=on).fit().steps]
+        for on in (False, True)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_trains_with_exact_zeros(pruned, corpus, tmp_path, dtype):  # noqa: F811
+    record = run(settings(pruned, corpus, tmp_path / "out", dtype=dtype, max_steps=10))
+    assert record.sparse_integrity_check["violations"] == 0
+    assert record.measured["perplexity"] < record.measured["perplexity_before"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_teacher_and_student_need_the_same_vocabulary(pruned, corpus, tmp_path):  # noqa: F811
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    from tests.conftest import SMALL
+
+    other = save_tiny(tmp_path / "other", "qwen3")
+    AutoModelForCausalLM.from_config(Qwen3Config(**(SMALL | {"vocab_size": 300}))).save_pretrained(other)
+    with pytest.raises(ValueError, match=r"teacher_model must have the student's vocabulary of 256 words, got 300"):
+        run(settings(pruned, corpus, tmp_path / "out", teacher_model=str(other)))
