@@ -111,9 +111,10 @@ class Trainer:
             rows = self._rows(done)
             start = time.monotonic()
             entry = self.step(rows)
-            self.progress.steps.append({"step": done + 1} | entry)
+            seconds = time.monotonic() - start
+            self.progress.steps.append({"step": done + 1, "seconds": round(seconds, 4)} | entry)
             self.progress.tokens += sum(part.numel() for part in rows) * self.blocks.shape[1] * self.backend.world_size
-            self.progress.seconds += time.monotonic() - start
+            self.progress.seconds += seconds
             if (done + 1) % self.steps_an_epoch == 0 or done + 1 == self.total_steps:
                 self._end_epoch(done // self.steps_an_epoch + 1)
             yield done + 1

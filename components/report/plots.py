@@ -40,7 +40,7 @@ def draw(records: list[StageRecord], summary: Summary) -> list[Plot]:
     plots = [_perplexities(summary), _sizes(summary)]
     for index, record in enumerate(records):
         if record.stage == "distill":
-            plots += [_loss(record, f"loss{index}"), _epochs(record, f"epochs{index}")]
+            plots += [_loss(record, f"loss{index}"), _learning_rate(record, f"rate{index}"), _epochs(record, f"epochs{index}")]
         if record.stage == "prune":
             layers = _by_kind(_entries(record, "layers"))
             plots += [_errors(layers, f"errors{index}"), _sparsities(layers, f"sparsities{index}")]
@@ -97,6 +97,18 @@ def _loss(record: StageRecord, name: str) -> Plot | None:
     bins = -(-len(steps) // POINTS)
     caption = f"{large(len(steps))} steps." + (f" Each point is the mean of {bins} steps." if bins > 1 else "")
     return Plot("Loss while distilling", svg, caption)
+
+
+def _learning_rate(record: StageRecord, name: str) -> Plot | None:
+    points = _points(_entries(record, "steps"), "step", "learning_rate")
+    if not points:
+        return None
+    with house_style(name):
+        figure, axes = line_axes("optimizer step")
+        axes.plot(*zip(*_thin(points), strict=True), color=ACCENT)
+        axes.set_ylim(bottom=0)
+        svg = as_svg(figure, name)
+    return Plot("Learning rate", svg, f"Peak {max(y for _, y in points):.2g}.")
 
 
 def _epochs(record: StageRecord, name: str) -> Plot | None:
