@@ -100,6 +100,8 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust
             from optimum.quanto import QuantizedModelForCausalLM
 
             model = QuantizedModelForCausalLM.from_pretrained(path)._wrapped
+            if device.type == "cuda":
+                dequantize(model)
         else:
             more: dict[str, Any] = {"dtype": dtype}
             if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "compressed-tensors":
@@ -121,6 +123,23 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust
     except SafetensorError as error:
         raise ValueError(f"{path} holds weights that cannot be read: {error}") from error
     return model.to(device).eval()
+
+
+def dequantize(model: nn.Module) -> None:
+    """Replace optimum-quanto's linears by plain ones with the same weights, in place.
+
+    On recent GPUs its float8 weights would be repacked for kernels that it compiles with nvcc, which an image for running
+    models does not have.
+    """
+    from optimum.quanto import QLinear
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QLinear):
+            weight = module.weight.dequantize()
+            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta")
+            plain.weight = nn.Parameter(weight, requires_grad=False)
+            plain.bias = module.bias
+            model.set_submodule(name, plain)
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:

@@ -169,6 +169,29 @@ def weight_shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
+def head_name(model: Any) -> str:
+    """Name of the module that makes the logits."""
+    head = model.get_output_embeddings()
+    return next(str(name) for name, module in model.named_modules() if module is head)
+
+
+def prunable_weights(model: Any) -> dict[str, Tensor]:
+    """What is pruned, trained and quantized: the weights of all linears but the head, by name."""
+    head = head_name(model)
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != head
+    }
+
+
+def check_mask(mask: Mask, model: Any) -> None:
+    """Check that a mask belongs to a model and masks nothing but linears outside the head. Raises ValueError."""
+    check_fits(mask, weight_shapes(model))
+    for name in sorted(mask.tensors.keys() - prunable_weights(model).keys()):
+        raise ValueError(f"mask_file must mask linear layers other than the head, got {name}")
+
+
 def integrity(weights: Mapping[str, Tensor], mask: Mask, eps: float = 0.0) -> dict[str, Any]:
     """Check the invariant: every weight outside the mask is zero and the mask has the sparsity asked for.
 
@@ -179,7 +202,8 @@ def integrity(weights: Mapping[str, Tensor], mask: Mask, eps: float = 0.0) -> di
 
     Returns:
         `passed`, `sparsity` (of the mask), `violations` (weights outside the mask above eps, or not finite), `max_abs` (the
-        largest of them), `eps`, and `tensors`, which holds the last two and the wrong counts by name, violated ones only.
+        largest of them), `eps`, and `tensors`, which holds, for each tensor with a fault, what is wrong with it; a kept
+        weight that is not finite is a fault too.
     """
     tensors: dict[str, dict[str, Any]] = {}
     violations, largest = 0, 0.0
@@ -190,6 +214,9 @@ def integrity(weights: Mapping[str, Tensor], mask: Mask, eps: float = 0.0) -> di
             size = float(wrong.nan_to_num(nan=float(torch.finfo().max), posinf=float(torch.finfo().max)).max())
             tensors[name] = {"violations": wrong.numel(), "max_abs": size}
             violations, largest = violations + wrong.numel(), max(largest, size)
+        broken = weights[name].numel() - int(torch.isfinite(weights[name].detach().float()).sum())
+        if broken:
+            tensors.setdefault(name, {})["not_finite"] = broken
         expected = None if mask.sparsity is None else pruned_count(mask.sparsity, kept.numel())
         pruned = kept.numel() - int(kept.sum())
         if expected is not None and pruned != expected:
@@ -210,7 +237,8 @@ def enforce(result: dict[str, Any]) -> None:
         return
     name, found = max(result["tensors"].items(), key=lambda entry: entry[1].get("violations", 0))
     raise SparsityError(
-        f"the model must be zero outside its mask: {result['violations']} weights are not (largest {result['max_abs']:.3g}), "
+        f"the model must be finite, and zero outside its mask: {result['violations']} weights are not "
+        f"(largest {result['max_abs']:.3g}), "
         f"in {len(result['tensors'])} tensors, the worst being {name}: {found}"
     )
 

@@ -5,9 +5,10 @@ weights are zero after every step. FSDP touches local shards only; under DeepSpe
 or its next all-gather would write old values back.
 """
 
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,14 @@ from components.core.perplexity import decoder_and_head
 from components.distill.config import DistillConfig
 from components.distill.masking import mask_gradients, mask_weights, train_only_masked
 from components.distill.schedule import BETAS, make_schedule
+
+T = TypeVar("T")
+
+
+def finite(norm: Any) -> float | None:
+    """A gradient's norm; None where it is unknown, or infinite in a step that loss scaling skips."""
+    return float(norm) if norm is not None and math.isfinite(norm) else None
+
 
 ENGINE = "engine"  # DeepSpeed's name for its part of a checkpoint
 
@@ -37,6 +46,7 @@ class SingleProcess:
 
     rank = 0
     world_size = 1
+    checkpoint_form = "torch.distributed.checkpoint"
 
     def __init__(self, config: DistillConfig, device: torch.device, compute_dtype: torch.dtype) -> None:
         self.config, self.device, self.compute_dtype = config, device, compute_dtype
@@ -87,7 +97,7 @@ class SingleProcess:
         self.schedule.step()
         self.optimizer.zero_grad()
         mask_weights(self.parameters, self.pruned)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return finite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def full_weights(self) -> dict[str, Tensor]:
         """Name → whole trained weight, on every process."""
@@ -132,6 +142,14 @@ class SingleProcess:
             return flag
         return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
+    def from_first(self, value: T) -> T:
+        """The first process's value, on all; of whatever kind can be pickled."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world_size > 1:
@@ -156,7 +174,8 @@ class Fsdp(SingleProcess):
 
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         reduced = self.compute_dtype if self.compute_dtype is not torch.float32 else None
-        policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32)
+        # inputs are left to autocast, so that hidden states keep the format that they have in one process
+        policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
         frozen = {parameter for parameter in self.student.parameters() if not parameter.requires_grad}
         for block in blocks_of(self.student, self.parameters):
             fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=frozen)
@@ -183,6 +202,8 @@ class Fsdp(SingleProcess):
 
 class DeepSpeed(SingleProcess):
     """DeepSpeed ZeRO 0, 1 or 2 from a JSON file: optimizer state, then gradients too, are partitioned."""
+
+    checkpoint_form = "deepspeed"
 
     def __init__(self, config: DistillConfig, device: torch.device, compute_dtype: torch.dtype) -> None:
         super().__init__(config, device, compute_dtype)
@@ -227,10 +248,9 @@ class DeepSpeed(SingleProcess):
                 if mapping is not None:  # this process owns a part of the parameter's master weights
                     place = mapping.lp_fragment_address
                     part = self.pruned[name].flatten()[place.start : place.start + place.numel]
-                    mapping.hp_fragment.masked_fill_(part, 0)
+                    mapping.hp_fragment.masked_fill_(part.to(mapping.hp_fragment.device), 0)
         mask_weights(self.parameters, self.pruned)
-        norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm else None  # ZeRO 0 does not tell
+        return finite(self.engine.get_global_grad_norm() or None)  # ZeRO 0 does not tell
 
     def save_state(self, folder: Path) -> None:
         """The engine's own form: its moments are flat partitions, which belong to this number of processes."""
@@ -244,15 +264,14 @@ class DeepSpeed(SingleProcess):
         """
         if not same_processes:
             raise ValueError(f"nproc_per_node must be as before to go on with backend deepspeed, got {self.world_size}")
-        if has_best:
-            raise ValueError("keep_best must be off to go on from a checkpoint with backend deepspeed, got True")
+        assert not has_best  # the settings refuse it
         self.engine.load_checkpoint(str(folder), tag=ENGINE)
 
 
 def training_state(backend: SingleProcess) -> dict[str, Tensor]:
     """Trained weights and moments by name, made if the optimizer has not stepped yet, and the best weights.
 
-    Tensors alone: everything else stands in the manifest, so that nothing in a checkpoint is unpickled into objects.
+    Tensors alone: everything else stands in the manifest.
     """
     state: dict[str, Tensor] = {f"best.{name}": value for name, value in backend.best.items()}
     for name, parameter in backend.parameters.items():
@@ -279,13 +298,14 @@ def blocks_of(student: nn.Module, trained: dict[str, nn.Parameter]) -> nn.Module
 
 def deepspeed_settings(config: DistillConfig, compute_dtype: torch.dtype, world_size: int) -> dict[str, Any]:
     """The engine's settings: the JSON file, with what the loop decides filled in."""
-    return config.read_deepspeed_config() | {
+    given = config.read_deepspeed_config()
+    return given | {
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": config.grad_accum_steps,
         "train_batch_size": config.batch_size * config.grad_accum_steps * world_size,
         "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": compute_dtype is torch.bfloat16},
-        "fp16": {"enabled": compute_dtype is torch.float16},
+        "bf16": given.get("bf16", {}) | {"enabled": compute_dtype is torch.bfloat16},
+        "fp16": given.get("fp16", {}) | {"enabled": compute_dtype is torch.float16},
         "zero_allow_untested_optimizer": True,
     }
 

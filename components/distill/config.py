@@ -1,5 +1,6 @@
 """Settings of the distill stage."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class DistillConfig:
     learning_rate: float = 2e-5
     """Peak of the cosine schedule (AdamW)."""
     warmup_ratio: float = 0.1
-    """Share of the steps in which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises to its peak."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -74,7 +75,7 @@ class DistillConfig:
     teacher_cache: str = "auto"
     """Keep the teacher's hidden states on disk: `auto` (if there is more than one epoch), `always` or `never`."""
     checkpoint_dir: str = ""
-    """Folder for checkpoints; the same command goes on from the newest. Empty = none."""
+    """Folder for checkpoints; the same command goes on from the newest. Let nobody else write to it. Empty = none."""
     checkpoint_steps: int = 50
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -90,9 +91,9 @@ class DistillConfig:
     dtype: str = "auto"
     """Compute format and that of the saved model; auto = float16 on a GPU, float32 on a CPU. Weights train in float32."""
     sparse_check_eps: float = 0.0
-    """In the closing check a weight outside the mask may have this magnitude; 0 = exactly zero."""
+    """In the opening and closing check a weight outside the mask may have this magnitude; 0 = exactly zero."""
     fail_on_sparse_violation: bool = True
-    """Fail if the closing check does; otherwise it is only recorded."""
+    """Fail if one of the checks does; otherwise stray weights are set to zero at the start and the result is recorded."""
     eval_blocks: int = 0
     """Evaluation blocks; 0 = all."""
     eval_seq_len: int = 2048
@@ -130,6 +131,8 @@ class DistillConfig:
             )
         if self.skip_ppl_eval and (self.keep_best or self.patience):
             raise ValueError("skip_ppl_eval must be off for keep_best and patience, got True")
+        if self.backend == "deepspeed" and self.keep_best and self.checkpoint_dir:
+            raise ValueError("keep_best must be off for checkpoints with backend deepspeed, got True")
         self._check_deepspeed()
         if self.mix_data:
             check_data("mix_data", self.mix_data)
@@ -156,7 +159,10 @@ class DistillConfig:
             return
         if self.deepspeed_config and not Path(self.deepspeed_config).is_file():
             raise ValueError(f"deepspeed_config must be a JSON file, got {self.deepspeed_config}")
-        stage = self.read_deepspeed_config().get("zero_optimization", {}).get("stage", 0)
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ValueError("backend deepspeed needs its package: pip install 'sparse-distill[deepspeed]'")
+        zero = self.read_deepspeed_config().get("zero_optimization", {})
+        stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
         if stage not in (0, 1, 2):
             raise ValueError(f"deepspeed_config must have zero_optimization.stage 0, 1 or 2, got {stage}: use backend fsdp")
 

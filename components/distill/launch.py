@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from types import FrameType
 
 import torch
@@ -27,6 +28,11 @@ def started_already() -> bool:
 def is_main() -> bool:
     """Whether this process speaks for all."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_first_here() -> bool:
+    """Whether this process is the first on its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def command(config: DistillConfig, cuda: bool) -> list[str]:
@@ -61,8 +67,12 @@ def start(config: DistillConfig) -> None:
     """Run the processes to their end; SIGTERM goes on to them.
 
     Raises:
+        ValueError: there are fewer GPUs than processes.
         SystemExit: they ended with another code than 0, which is the exit code.
     """
+    gpus = torch.cuda.device_count()
+    if gpus and config.nproc_per_node > gpus:
+        raise ValueError(f"nproc_per_node must be at most the {gpus} GPUs here, got {config.nproc_per_node}")
     with subprocess.Popen(command(config, torch.cuda.is_available()), env=os.environ | {STARTED: "1"}) as process:
 
         def pass_on(number: int, _: FrameType | None) -> None:
@@ -81,6 +91,8 @@ def join(config: DistillConfig) -> torch.device:
     """Join the other processes; returns this one's device."""
     device = pick_device()
     if config.backend == "none":
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"backend must be fsdp or deepspeed for {os.environ['WORLD_SIZE']} processes, got none")
         return device
     if "RANK" not in os.environ:  # a single process of a distributed backend
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -88,7 +100,8 @@ def join(config: DistillConfig) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # others wait while the first process saves; the usual ten minutes are short for a large model on a slow disk
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     return device
 
 

@@ -56,7 +56,7 @@ class Trainer:
         blocks: training tokens [blocks, seq_len].
         evaluation: evaluation tokens [blocks, seq_len], or None.
         config: the stage's settings.
-        mask: fingerprint of the mask.
+        inputs: fingerprints of what the run reads, by name.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class Trainer:
         blocks: Tensor,
         evaluation: Tensor | None,
         config: DistillConfig,
-        mask: str,
+        inputs: dict[str, str],
     ) -> None:
         self.backend, self.teacher, self.blocks, self.evaluation, self.config = backend, teacher, blocks, evaluation, config
         self.steps_an_epoch, self.total_steps = plan(len(blocks), config, backend.world_size)
         global_batch = config.batch_size * config.grad_accum_steps * backend.world_size
-        self.identity = resume.identity(config, mask, global_batch)
+        self.identity = resume.identity(config, inputs, global_batch)
         self.progress = Progress()
         self.asked_to_end = False
 

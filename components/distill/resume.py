@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-00000040` that holds the trained weights, Adam's moments and each process's random state, and
 `manifest.json`, written last: a folder without one is incomplete and never read, whatever its date. Weights and moments
-are stored with their global shapes, so another number of FSDP processes can go on from them.
+are stored with their global shapes, so another number of FSDP processes can go on from them. The library's own index is a
+pickle: go on only from folders that nobody else can write to.
 """
 
 import shutil
@@ -18,17 +19,18 @@ from components.distill.config import DistillConfig
 from components.distill.schedule import restore_schedule
 
 MANIFEST = "manifest.json"
-# a run may go on with other values of these
+# a run may go on with other values of these; what the paths hold is compared by fingerprint
 FREE_SETTINGS = {
+    "teacher_model", "student_model", "mask_file", "train_data", "eval_data", "mix_data",
     "output_dir", "backend", "launcher", "nproc_per_node", "master_port", "deepspeed_config", "batch_size", "grad_accum_steps",
     "checkpoint_dir", "checkpoint_steps", "keep_checkpoints", "tensorboard_dir", "gradient_checkpointing", "trust_remote_code",
 }  # fmt: skip
 
 
-def identity(config: DistillConfig, mask: str, global_batch: int) -> dict[str, Any]:
-    """What must be the same for a run to go on: settings, mask and the number of blocks a step."""
+def identity(config: DistillConfig, inputs: Mapping[str, str], global_batch: int) -> dict[str, Any]:
+    """What must be the same for a run to go on: settings, fingerprints of what it reads, and the blocks of a step."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
-    return {"mask": mask, "global_batch": global_batch, "settings": settings}
+    return {**inputs, "global_batch": global_batch, "settings": settings}
 
 
 def newest(folder: Path) -> Path | None:
@@ -50,13 +52,16 @@ def save(
         manifest = {
             "step": step,
             "world_size": backend.world_size,
+            "form": backend.checkpoint_form,
             "has_best": bool(backend.best),
             "scaler": backend.scaler.state_dict(),
             "identity": identity,
             "progress": progress,
         }
         write_json(folder / MANIFEST, manifest)
-        for old in sorted(Path(config.checkpoint_dir).glob("step-*"))[: -config.keep_checkpoints]:
+        all_steps = sorted(Path(config.checkpoint_dir).glob("step-*"))
+        complete = [path for path in all_steps if (path / MANIFEST).is_file()]
+        for old in set(all_steps) - set(complete[-config.keep_checkpoints :]):  # incomplete ones too
             shutil.rmtree(old, ignore_errors=True)
         log(f"checkpoint: {folder}")
     backend.barrier()
@@ -71,13 +76,19 @@ def load(backend: SingleProcess, config: DistillConfig, identity: Mapping[str, A
     Raises:
         ValueError: the checkpoint belongs to another run; names the first setting that differs.
     """
-    folder = newest(Path(config.checkpoint_dir))
+    folder = backend.from_first(newest(Path(config.checkpoint_dir)))
     if folder is None:
         return None
+    if backend.any(not (folder / MANIFEST).is_file()):
+        raise ValueError(f"checkpoint_dir must be a folder that all machines share, {folder} is not on all of them")
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
     if manifest["identity"] != dict(identity):
         raise ValueError(
             f"checkpoint_dir must hold checkpoints of this run, {folder} differs in {_difference(manifest, identity)}"
+        )
+    if manifest["form"] != backend.checkpoint_form:
+        raise ValueError(
+            f"backend must read checkpoints of form {manifest['form']!r}, {config.backend} reads {backend.checkpoint_form!r}"
         )
     backend.load_state(folder, manifest["world_size"] == backend.world_size, manifest["has_best"])
     restore_schedule(backend.optimizer, backend.schedule, manifest["step"])
@@ -89,8 +100,8 @@ def load(backend: SingleProcess, config: DistillConfig, identity: Mapping[str, A
 
 def _difference(manifest: dict[str, Any], identity: Mapping[str, Any]) -> str:
     then, now = manifest["identity"], dict(identity)
-    for name in ("mask", "global_batch"):
-        if then[name] != now[name]:
-            return f"{name}: {then[name]} then, {now[name]} now"
+    for name in now.keys() - {"settings"}:
+        if then.get(name) != now[name]:
+            return f"{name}: {then.get(name)} then, {now[name]} now"
     names = [name for name in now["settings"] if then["settings"].get(name) != now["settings"][name]]
     return ", ".join(f"{name}: {then['settings'].get(name)} then, {now['settings'][name]} now" for name in names[:1])

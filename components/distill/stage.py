@@ -1,5 +1,6 @@
 """Load teacher, student and mask; train; check that zeros stayed zero; save."""
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from components.core.checkpoint import (
     save_checkpoint,
     stats_file,
     weight_bytes,
+    weight_files,
     write_history,
 )
 from components.core.device import pick_dtype
-from components.core.files import check_new, new_directory
-from components.core.mask import Mask, check_fits, enforce, integrity, load_mask, weight_shapes
+from components.core.files import check_new, new_directory, sample_fingerprint
+from components.core.mask import Mask, apply_mask, check_mask, enforce, integrity, load_mask
 from components.core.models import local_folder
 from components.core.progress import log, log_perplexity
 from components.core.record import StageRecord, Stopwatch, versions
@@ -71,12 +73,23 @@ def train(config: DistillConfig, device: torch.device) -> StageRecord:
     _, total_steps = plan(len(blocks), config, backend.world_size)
 
     student = load_model(config.student_model, torch.float32, device, config.trust_remote_code)
-    enforce(integrity(dict(student.named_parameters()), mask, config.sparse_check_eps))
+    torch.manual_seed(config.seed + backend.rank)
+    if config.fail_on_sparse_violation:
+        enforce(integrity(dict(student.named_parameters()), mask, config.sparse_check_eps))
+    apply_mask(dict(student.named_parameters()), mask)
+    inputs = {
+        "mask": mask.fingerprint(),
+        "training text": text_of(blocks),
+        "teacher": sample_fingerprint(weight_files(teacher_folder)),
+        "student": sample_fingerprint(weight_files(Path(config.student_model))),
+    }
     cached = config.teacher_cache == "always" or (config.teacher_cache == "auto" and config.epochs > 1)
-    cache = Path(f"{config.output_dir}.teacher") if cached else None
+    # named after what it holds: one that a kill left behind is used again by the same run, and by no other
+    key = hashlib.sha256(f"{inputs['teacher']} {inputs['training text']} {dtype}".encode()).hexdigest()[:12]
+    cache = Path(f"{config.output_dir}.teacher-{key}") if cached else None
     teacher = Teacher(load_model(teacher_folder, dtype, device, config.trust_remote_code), blocks, cache)
     backend.prepare(student, mask, total_steps)
-    trainer = Trainer(backend, teacher, blocks, evaluation.ids if evaluation else None, config, mask.fingerprint())
+    trainer = Trainer(backend, teacher, blocks, evaluation.ids if evaluation else None, config, inputs)
     result = StageRecord("distill", asdict(config), versions=versions())
     history = read_history(config.student_model)
     if evaluation:
@@ -89,7 +102,7 @@ def train(config: DistillConfig, device: torch.device) -> StageRecord:
     try:
         progress = trainer.fit()
     finally:
-        if backend.rank == 0:
+        if launch.is_first_here():
             teacher.forget()
     weights = {name: weight.to(dtype) for name, weight in backend.full_weights().items()}
     result.sparse_integrity_check = integrity(weights, mask, config.sparse_check_eps)
@@ -100,6 +113,11 @@ def train(config: DistillConfig, device: torch.device) -> StageRecord:
         write(config, result, history, weights, dtype, tokenizer)
     backend.barrier()
     return result
+
+
+def text_of(blocks: Tensor) -> str:
+    """SHA-256 of token blocks."""
+    return hashlib.sha256(blocks.to(torch.int32).numpy().tobytes()).hexdigest()
 
 
 def training_blocks(config: DistillConfig, tokenizer: Any) -> Tensor:
@@ -168,7 +186,7 @@ def check_models(config: DistillConfig, mask: Mask, teacher_folder: str) -> None
     student = check_checkpoint("student_model", config.student_model, config.trust_remote_code)
     teacher = check_checkpoint("teacher_model", teacher_folder, config.trust_remote_code)
     check_dense("student_model", config.student_model, student)
-    check_fits(mask, weight_shapes(empty_model(student, config.trust_remote_code)))
+    check_mask(mask, empty_model(student, config.trust_remote_code))
     words = [model.get_text_config().vocab_size for model in (student, teacher)]
     if words[0] != words[1]:
         raise ValueError(f"teacher_model must have the student's vocabulary of {words[0]} words, got {words[1]}")

@@ -6,7 +6,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from components.core.checkpoint import (
     check_checkpoint,
@@ -22,7 +21,7 @@ from components.core.checkpoint import (
 )
 from components.core.device import pick_device, pick_dtype
 from components.core.files import check_new, new_directory
-from components.core.mask import Mask, check_fits, enforce, integrity, load_mask, weight_shapes
+from components.core.mask import Mask, check_mask, enforce, head_name, integrity, load_mask, prunable_weights
 from components.core.perplexity import perplexity
 from components.core.progress import log, log_perplexity
 from components.core.record import StageRecord, Stopwatch, versions
@@ -52,18 +51,22 @@ def run(config: QuantizeConfig) -> StageRecord:
         check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
         evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
 
-    model = load_model(config.model_dir, pick_dtype(config.dtype, device), device, config.trust_remote_code)
+    dtype, cpu = pick_dtype(config.dtype, device), torch.device("cpu")
+    # on the CPU: on a GPU optimum-quanto repacks float8 weights for kernels of its own, and their zeros cannot be seen
+    model = load_model(config.model_dir, dtype, cpu, config.trust_remote_code)
     mask = mask or zeros(model)
     log(f"quantizing to {config.format} with {method.NAME}")
     result = StageRecord("quantize", asdict(config), versions=versions())
     with new_directory(config.output_dir) as scratch:
         save_checkpoint(method.quantize(model, config.format, head_name(model)), tokenizer, scratch)
         del model
-        quantized = load_model(scratch, pick_dtype(config.dtype, device), device, config.trust_remote_code)
+        quantized = load_model(scratch, dtype, cpu, config.trust_remote_code)
         data = {name: method.stored(quantized.get_submodule(name.removesuffix(".weight"))) for name in mask.tensors}
         result.sparse_integrity_check = integrity(data, mask)
         enforce(result.sparse_integrity_check)
         if evaluation:
+            if device != cpu:
+                quantized = load_model(scratch, dtype, device, config.trust_remote_code)
             result.measured["perplexity"] = perplexity(quantized, evaluation.ids)
             result.measured["perplexity_text"] = evaluation.fingerprint()
             log_perplexity("after_quantization", result.measured["perplexity"])
@@ -90,30 +93,7 @@ def backend(format: str) -> ModuleType:
     return with_compressed_tensors
 
 
-def head_name(model: Any) -> str:
-    """Name of the module that makes the logits."""
-    head = model.get_output_embeddings()
-    return next(str(name) for name, module in model.named_modules() if module is head)
-
-
-def quantized_weights(model: Any) -> dict[str, Tensor]:
-    """What is quantized: the weights of all linears but the head, by name."""
-    head = head_name(model)
-    return {
-        f"{name}.weight": module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != head
-    }
-
-
-def check_mask(mask: Mask, model: Any) -> None:
-    """Check that a mask belongs to a model, and that the invariant can be checked where it masks. Raises ValueError."""
-    check_fits(mask, weight_shapes(model))
-    for name in sorted(mask.tensors.keys() - quantized_weights(model).keys()):
-        raise ValueError(f"mask_file must mask linears that are quantized, got {name}")
-
-
 @torch.no_grad()
 def zeros(model: Any) -> Mask:
     """The mask of a model's present zeros in what is quantized."""
-    return Mask({name: (weight != 0).cpu() for name, weight in quantized_weights(model).items()})
+    return Mask({name: (weight != 0).cpu() for name, weight in prunable_weights(model).items()})

@@ -68,7 +68,7 @@ def trainer(folder, corpus, tmp_path, cache=None, **changes) -> Trainer:
     mask = load_mask(config.mask_file)
     backend = SingleProcess(config, torch.device("cpu"), torch.float32)
     backend.prepare(student, mask, plan(len(blocks), config, 1)[1])
-    return Trainer(backend, Teacher(teacher, blocks, cache), blocks, None, config, mask.fingerprint())
+    return Trainer(backend, Teacher(teacher, blocks, cache), blocks, None, config, {"mask": mask.fingerprint()})
 
 
 def curve(progress):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from components.core.checkpoint import load_model, read_history
+from components.core.checkpoint import dequantize, load_model, read_history
 from components.core.mask import Mask, SparsityError, save_mask
 from components.quantize import stage
 from components.quantize.config import QuantizeConfig
@@ -66,6 +66,19 @@ def test_reloads_equal_in_a_fresh_process(sparse, corpus, tmp_path, capsys, form
     assert record.sparse_integrity_check["passed"]
     assert read_history(tmp_path / "out")["steps"][-1]["parameters"]["format"] == format
     check(tmp_path / "out", sparse, record, corpus)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_dequantized_for_a_gpu_it_is_the_same_model(sparse, tmp_path, format):
+    run(QuantizeConfig(model_dir=str(sparse), output_dir=str(tmp_path / "out"), format=format, skip_ppl_eval=True))
+    model = load_model(tmp_path / "out", torch.float32, CPU)
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        dequantize(model)
+        found = model(input_ids=ids).logits
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_int8_works_without_quanto(sparse, corpus, tmp_path, no_quanto):
