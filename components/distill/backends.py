@@ -1,4 +1,4 @@
-"""Where the training runs: one process, FSDP, or DeepSpeed. The loop is the same; wrap, step and gather differ.
+"""Where the training runs: one process, or several under FSDP; `with_deepspeed` is the third. Only wrap, step and save differ.
 
 All of them keep the invariant in the same places: gradients of pruned weights are zero before the norm is taken, pruned
 weights are zero after every step. FSDP touches local shards only; under DeepSpeed the fp32 master partition is masked,
@@ -6,7 +6,6 @@ or its next all-gather would write old values back.
 """
 
 import math
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,9 +28,6 @@ T = TypeVar("T")
 def finite(norm: Any) -> float | None:
     """A gradient's norm; None where it is unknown, or infinite in a step that loss scaling skips."""
     return float(norm) if norm is not None and math.isfinite(norm) else None
-
-
-ENGINE = "engine"  # DeepSpeed's name for its part of a checkpoint
 
 
 class SingleProcess:
@@ -200,74 +196,6 @@ class Fsdp(SingleProcess):
         return whole
 
 
-class DeepSpeed(SingleProcess):
-    """DeepSpeed ZeRO 0, 1 or 2 from a JSON file: optimizer state, then gradients too, are partitioned."""
-
-    checkpoint_form = "deepspeed"
-
-    def __init__(self, config: DistillConfig, device: torch.device, compute_dtype: torch.dtype) -> None:
-        super().__init__(config, device, compute_dtype)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # the engine scales
-
-    def autocast(self) -> torch.autocast:
-        """None: the engine casts the weights themselves."""
-        return torch.autocast(self.device.type, enabled=False)
-
-    def engage(self, student: Any) -> None:
-        """Give the decoder and the optimizer to the engine."""
-        if self.device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
-        if self.compute_dtype is not torch.float32:
-            self.head.to(self.compute_dtype)  # as the engine does with the decoder
-        for name, parameter in self.parameters.items():
-            # gradients are reduced and partitioned as they arrive, so they are masked as they arrive
-            parameter.register_hook(lambda gradient, name=name: gradient.masked_fill(self.pruned[name], 0))
-        engine, *_ = deepspeed.initialize(
-            model=self.decoder,
-            optimizer=self.optimizer,
-            lr_scheduler=self.schedule,
-            config=deepspeed_settings(self.config, self.compute_dtype, self.world_size),
-            dist_init_required=False,
-        )
-        self.engine = self.decoder = engine
-
-    def backward(self, loss: Tensor, micro_batches: int) -> None:
-        """The engine divides by the number of micro-batches itself."""
-        self.engine.backward(loss)
-        self.engine.step()  # counts micro-batches; steps at the last
-
-    def step(self) -> float | None:
-        """Mask master weights and their low-precision copies; the step itself was taken with the last micro-batch."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                mapping = getattr(parameter, "_hp_mapping", None)
-                if mapping is not None:  # this process owns a part of the parameter's master weights
-                    place = mapping.lp_fragment_address
-                    part = self.pruned[name].flatten()[place.start : place.start + place.numel]
-                    mapping.hp_fragment.masked_fill_(part.to(mapping.hp_fragment.device), 0)
-        mask_weights(self.parameters, self.pruned)
-        return finite(self.engine.get_global_grad_norm() or None)  # ZeRO 0 does not tell
-
-    def save_state(self, folder: Path) -> None:
-        """The engine's own form: its moments are flat partitions, which belong to this number of processes."""
-        self.engine.save_checkpoint(str(folder), tag=ENGINE)
-
-    def load_state(self, folder: Path, same_processes: bool, has_best: bool) -> None:
-        """Read what `save_state` wrote.
-
-        Raises:
-            ValueError: it was written by another number of processes.
-        """
-        if not same_processes:
-            raise ValueError(f"nproc_per_node must be as before to go on with backend deepspeed, got {self.world_size}")
-        assert not has_best  # the settings refuse it
-        self.engine.load_checkpoint(str(folder), tag=ENGINE)
-
-
 def training_state(backend: SingleProcess) -> dict[str, Tensor]:
     """Trained weights and moments by name, made if the optimizer has not stepped yet, and the best weights.
 
@@ -294,23 +222,3 @@ def blocks_of(student: nn.Module, trained: dict[str, nn.Parameter]) -> nn.Module
         if isinstance(module, nn.ModuleList) and all(weight.startswith(f"{name}.") for weight in trained):
             return module
     raise ValueError("student_model must have all masked weights in one nn.ModuleList of blocks for backend fsdp")
-
-
-def deepspeed_settings(config: DistillConfig, compute_dtype: torch.dtype, world_size: int) -> dict[str, Any]:
-    """The engine's settings: the JSON file, with what the loop decides filled in."""
-    given = config.read_deepspeed_config()
-    return given | {
-        "train_micro_batch_size_per_gpu": config.batch_size,
-        "gradient_accumulation_steps": config.grad_accum_steps,
-        "train_batch_size": config.batch_size * config.grad_accum_steps * world_size,
-        "gradient_clipping": config.max_grad_norm,
-        "bf16": given.get("bf16", {}) | {"enabled": compute_dtype is torch.bfloat16},
-        "fp16": given.get("fp16", {}) | {"enabled": compute_dtype is torch.float16},
-        "zero_allow_untested_optimizer": True,
-    }
-
-
-def make_backend(config: DistillConfig, device: torch.device, compute_dtype: torch.dtype) -> SingleProcess:
-    """The backend that the settings name."""
-    kinds = {"none": SingleProcess, "fsdp": Fsdp, "deepspeed": DeepSpeed}
-    return kinds[config.backend](config, device, compute_dtype)

@@ -31,10 +31,13 @@ from components.core.progress import log, log_perplexity
 from components.core.record import StageRecord, Stopwatch, versions
 from components.core.tokens import load_blocks
 from components.distill import launch
-from components.distill.backends import make_backend
+from components.distill.backends import Fsdp, SingleProcess
 from components.distill.config import DistillConfig
 from components.distill.loop import Progress, Trainer, plan
 from components.distill.teacher import Teacher
+from components.distill.with_deepspeed import DeepSpeed
+
+BACKENDS = {"none": SingleProcess, "fsdp": Fsdp, "deepspeed": DeepSpeed}
 
 
 def run(config: DistillConfig) -> StageRecord:
@@ -69,7 +72,7 @@ def train(config: DistillConfig, device: torch.device) -> StageRecord:
     if not config.skip_ppl_eval:
         evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
     dtype = pick_dtype(config.dtype, device)
-    backend = make_backend(config, device, dtype)
+    backend = BACKENDS[config.backend](config, device, dtype)
     _, total_steps = plan(len(blocks), config, backend.world_size)
 
     student = load_model(config.student_model, torch.float32, device, config.trust_remote_code)

@@ -139,8 +139,8 @@ def test_deepspeed_is_like_one_process(folder, corpus, stage, launcher):
 def test_without_the_mask_on_master_weights_the_check_fails_under_deepspeed(folder, corpus):
     """The fault that the check is there for: gradients reach pruned weights and nothing sets them back."""
     code = (
-        "from components.distill import backends; backends.mask_weights = lambda *_: None;"
-        "backends.DeepSpeed.step = lambda self: None;"
+        "from components.distill import with_deepspeed; with_deepspeed.mask_weights = lambda *_: None;"
+        "with_deepspeed.DeepSpeed.step = lambda self: None;"
         "import torch; torch.Tensor.register_hook = lambda *_: None;"
         "from components.distill.config import DistillConfig; from components.distill.stage import run; import sys, json;"
         "run(DistillConfig(**json.loads(sys.argv[1])))"
