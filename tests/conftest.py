@@ -54,6 +54,24 @@ def save_tiny(folder: Path, kind: str = "llama", tied: bool = False, seed: int =
     return folder
 
 
+def save_pruned(folder: Path, corpus: Path) -> None:
+    """A tiny dense checkpoint `dense` and its pruned student `pruned` with its mask."""
+    from components.prune.config import PruneConfig
+    from components.prune.stage import run
+
+    save_tiny(folder / "dense", "qwen3", tied=True)
+    run(
+        PruneConfig(
+            model_id=str(folder / "dense"),
+            output_dir=str(folder / "pruned"),
+            calibration_data=str(corpus),
+            nsamples=8,
+            seq_len=32,
+            skip_ppl_eval=True,
+        )
+    )
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A tiny dense checkpoint; not to be changed."""

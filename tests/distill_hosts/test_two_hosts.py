@@ -29,9 +29,7 @@ from safetensors.torch import load_file
 from components.core.mask import MASK_FILE
 from components.distill.config import DistillConfig
 from components.distill.stage import run as distill
-from components.prune.config import PruneConfig
-from components.prune.stage import run as prune
-from tests.conftest import save_tiny
+from tests.conftest import save_pruned
 
 ROOT = Path(__file__).parents[2]
 PORT = 29511
@@ -135,17 +133,7 @@ def hosts(tmp_path):
 def models(tmp_path_factory, corpus):
     """A folder with a dense and a pruned tiny model and a run of one process to compare with."""
     folder = tmp_path_factory.mktemp("hosts")
-    save_tiny(folder / "dense", "qwen3", tied=True)
-    prune(
-        PruneConfig(
-            model_id=str(folder / "dense"),
-            output_dir=str(folder / "pruned"),
-            calibration_data=str(corpus),
-            nsamples=8,
-            seq_len=32,
-            skip_ppl_eval=True,
-        )
-    )
+    save_pruned(folder, corpus)
     distill(DistillConfig(**settings(folder, corpus, folder / "one"), batch_size=4))
     return folder
 

@@ -17,9 +17,7 @@ from components.core.mask import MASK_FILE, integrity, load_mask
 from components.distill.config import DistillConfig
 from components.distill.launch import command
 from components.distill.resume import newest
-from components.prune.config import PruneConfig
-from components.prune.stage import run as prune
-from tests.conftest import save_tiny
+from tests.conftest import save_pruned
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
@@ -31,17 +29,7 @@ needs_deepspeed = pytest.mark.skipif(
 def folder(tmp_path_factory, corpus):
     """A folder with dense and pruned tiny models and a run of one process to compare with."""
     folder = tmp_path_factory.mktemp("backends")
-    save_tiny(folder / "dense", "qwen3", tied=True)
-    prune(
-        PruneConfig(
-            model_id=str(folder / "dense"),
-            output_dir=str(folder / "pruned"),
-            calibration_data=str(corpus),
-            nsamples=8,
-            seq_len=32,
-            skip_ppl_eval=True,
-        )
-    )
+    save_pruned(folder, corpus)
     finished(start(folder, corpus, "one", "--batch_size=4"))
     return folder
 
