@@ -1,11 +1,12 @@
-"""The compression pipeline: resolve → fetch → tokenize → prune → distill → quantize × formats → report.
+"""The compression pipeline: resolve → fetch → tokenize → prune → distill → quantize × formats → report → publish.
 
 Defaults come from the stages' settings, where each parameter is documented.
 """
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
-from kfp import dsl
+from kfp import dsl, kubernetes
 from kfp.dsl import HTML, Artifact, Dataset, Input, Model, PipelineTask
 
 from components.distill.component import distill
@@ -13,6 +14,8 @@ from components.distill.config import DistillConfig
 from components.fetch.component import fetch
 from components.prune.component import prune
 from components.prune.config import PruneConfig
+from components.publish.component import publish
+from components.publish.config import PublishConfig
 from components.quantize.component import quantize
 from components.quantize.config import FORMATS
 from components.report.component import report
@@ -21,6 +24,8 @@ from components.tokenize.component import tokenize
 from components.tokenize.config import TokenizeConfig
 
 MODEL_ID = "Qwen/Qwen3-0.6B"
+# KFP's own object store keeps its credentials in this secret; without it the pods' own identity is used
+STORE_SECRET, STORE_KEYS = "mlpipeline-minio-artifact", {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
 
 
 def sized(task: PipelineTask, cpu: str, memory: str) -> PipelineTask:
@@ -32,6 +37,18 @@ def sized(task: PipelineTask, cpu: str, memory: str) -> PipelineTask:
 def on_gpu(task: PipelineTask, gpu_type: str, gpus: int, cpu: str, memory: str) -> PipelineTask:
     """The same with GPUs; 0 of them runs on the CPU."""
     return sized(task, cpu, memory).set_accelerator_type(gpu_type).set_accelerator_limit(gpus)
+
+
+def with_store_secret(task: PipelineTask) -> PipelineTask:
+    """Give a task the credentials of KFP's object store, where there are any."""
+    return kubernetes.use_secret_as_env(task, secret_name=STORE_SECRET, secret_key_to_env=STORE_KEYS, optional=True)
+
+
+class Quantized(NamedTuple):
+    """A model in one format, and its record."""
+
+    model: Model
+    stats: Artifact
 
 
 @dsl.pipeline(name="quantize-format")
@@ -49,7 +66,7 @@ def quantize_format(
     gpus: int,
     cpu: str,
     memory: str,
-) -> Artifact:
+) -> Quantized:
     """Quantize to one format; a pipeline of its own because a loop does not hand resource parameters to its tasks."""
     task = quantize(
         distilled_model=distilled_model,
@@ -62,7 +79,8 @@ def quantize_format(
         skip_ppl_eval=skip_ppl_eval,
         trust_remote_code=trust_remote_code,
     )
-    return on_gpu(task, gpu_type, gpus, cpu, memory).outputs["stats"]
+    on_gpu(task, gpu_type, gpus, cpu, memory)
+    return Quantized(model=task.outputs["quantized_model"], stats=task.outputs["stats"])
 
 
 class Outputs(NamedTuple):
@@ -70,6 +88,111 @@ class Outputs(NamedTuple):
 
     page: HTML
     summary: Artifact
+
+
+class Prepared(NamedTuple):
+    """The tasks before distillation."""
+
+    fetched: PipelineTask
+    tokenized: PipelineTask
+    pruned: PipelineTask
+
+
+def prepare(p: SimpleNamespace) -> Prepared:
+    """Add the stages before distillation to the pipeline that is being defined; `p` holds its parameters by name."""
+    resolved = sized(resolve(model_id=p.model_id, train_data=p.train_data, eval_data=p.eval_data), p.light_cpu, p.light_memory)
+    resolved.set_caching_options(False)  # it looks whether something changed; all behind it is keyed by its answer
+    fetched = sized(
+        fetch(
+            model_id=resolved.outputs["model_id"],
+            revision=resolved.outputs["model_revision"],
+            trust_remote_code=p.trust_remote_code,
+        ),
+        p.light_cpu,
+        p.light_memory,
+    )
+    tokenized = sized(
+        tokenize(
+            dense_model=fetched.outputs["dense_model"],
+            train_data=p.train_data,
+            eval_data=p.eval_data,
+            train_revision=resolved.outputs["train_revision"],
+            eval_revision=resolved.outputs["eval_revision"],
+            nsamples=p.nsamples,
+            seq_len=p.seq_len,
+            eval_blocks=p.eval_blocks,
+            eval_seq_len=p.eval_seq_len,
+            seed=p.seed,
+            trust_remote_code=p.trust_remote_code,
+        ),
+        p.light_cpu,
+        p.light_memory,
+    )
+    pruned = on_gpu(
+        prune(
+            dense_model=fetched.outputs["dense_model"],
+            tokens=tokenized.outputs["tokens"],
+            sparsity=p.sparsity,
+            pattern=p.pattern,
+            method=p.method,
+            nsamples=p.nsamples,
+            seq_len=p.seq_len,
+            eval_blocks=p.eval_blocks,
+            eval_seq_len=p.eval_seq_len,
+            seed=p.seed,
+            dtype=p.dtype,
+            skip_ppl_eval=p.skip_ppl_eval,
+            trust_remote_code=p.trust_remote_code,
+        ),
+        p.gpu_type,
+        p.prune_gpus,
+        p.prune_cpu,
+        p.prune_memory,
+    )
+    return Prepared(fetched, tokenized, pruned)
+
+
+def finish(p: SimpleNamespace, prepared: Prepared, distilled: PipelineTask) -> Outputs:
+    """Add the stages behind distillation."""
+    with dsl.ParallelFor(p.formats) as format:
+        quantized = quantize_format(
+            distilled_model=distilled.outputs["distilled_model"],
+            mask=prepared.pruned.outputs["mask"],
+            tokens=prepared.tokenized.outputs["tokens"],
+            format=format,
+            dtype=p.dtype,
+            eval_blocks=p.eval_blocks,
+            eval_seq_len=p.eval_seq_len,
+            skip_ppl_eval=p.skip_ppl_eval,
+            trust_remote_code=p.trust_remote_code,
+            gpu_type=p.gpu_type,
+            gpus=p.quantize_gpus,
+            cpu=p.quantize_cpu,
+            memory=p.quantize_memory,
+        )
+    reported = sized(
+        report(
+            fetched=prepared.fetched.outputs["stats"],
+            pruned=prepared.pruned.outputs["stats"],
+            distilled=distilled.outputs["stats"],
+            quantized=dsl.Collected(quantized.outputs["stats"]),
+        ),
+        p.light_cpu,
+        p.light_memory,
+    )
+    # not under a condition, into which KFP hands no collected artifacts: with nowhere to publish to it only holds the gate
+    published = publish(
+        models=dsl.Collected(quantized.outputs["model"]),
+        summary=reported.outputs["summary"],
+        publish_to=p.publish_to,
+        version=p.publish_version,
+        max_ppl_ratio=p.max_ppl_ratio,
+        min_sparsity=p.min_sparsity,
+        registry=p.registry,
+        registry_model=p.registry_model,
+    )
+    with_store_secret(sized(published, p.light_cpu, p.light_memory)).set_caching_options(False)  # the place may have changed
+    return Outputs(page=reported.outputs["page"], summary=reported.outputs["summary"])
 
 
 @dsl.pipeline(name="compress", description="Prune, distil and quantize a language model.")
@@ -110,6 +233,12 @@ def compress(
     eval_seq_len: int = PruneConfig.eval_seq_len,
     skip_ppl_eval: bool = PruneConfig.skip_ppl_eval,
     trust_remote_code: bool = PruneConfig.trust_remote_code,
+    publish_to: str = "",
+    publish_version: str = PublishConfig.version,
+    max_ppl_ratio: float = PublishConfig.max_ppl_ratio,
+    min_sparsity: float = PublishConfig.min_sparsity,
+    registry: str = PublishConfig.registry,
+    registry_model: str = PublishConfig.registry_model,
     gpu_type: str = "nvidia.com/gpu",
     prune_gpus: int = 1,
     prune_cpu: str = "4",
@@ -162,6 +291,12 @@ def compress(
         eval_seq_len: Tokens of an evaluation block; published numbers use 2048.
         skip_ppl_eval: Measure no perplexity.
         trust_remote_code: Run Python code that comes with the model.
+        publish_to: Publish models and report there: gs://, s3:// or minio:// with bucket and prefix; empty = only the gate.
+        publish_version: Name of the published version; empty = from the content.
+        max_ppl_ratio: Refuse to publish if a perplexity is above so many times the dense one; 0 = no limit.
+        min_sparsity: Refuse to publish below this sparsity; 0 = no limit.
+        registry: Address of a Kubeflow Model Registry to register what is published in; empty = none.
+        registry_model: Name of the model in the registry.
         gpu_type: Resource name of the GPUs.
         prune_gpus: GPUs of the prune stage; 0 runs it on the CPU.
         prune_cpu: CPU limit of the prune stage.
@@ -172,68 +307,20 @@ def compress(
         quantize_gpus: GPUs of each quantize stage; 0 runs it on the CPU.
         quantize_cpu: CPU limit of each quantize stage.
         quantize_memory: Memory limit of each quantize stage.
-        light_cpu: CPU limit of resolve, fetch, tokenize and report.
-        light_memory: Memory limit of resolve, fetch, tokenize and report.
+        light_cpu: CPU limit of resolve, fetch, tokenize, report and publish.
+        light_memory: Memory limit of resolve, fetch, tokenize, report and publish.
 
     Returns:
         The report's page, and a folder with the page and its numbers.
     """
-    resolved = sized(resolve(model_id=model_id, train_data=train_data, eval_data=eval_data), light_cpu, light_memory)
-    resolved.set_caching_options(False)  # it looks whether something changed; all behind it is keyed by its answer
-    fetched = sized(
-        fetch(
-            model_id=resolved.outputs["model_id"],
-            revision=resolved.outputs["model_revision"],
-            trust_remote_code=trust_remote_code,
-        ),
-        light_cpu,
-        light_memory,
-    )
-    tokenized = sized(
-        tokenize(
-            dense_model=fetched.outputs["dense_model"],
-            train_data=train_data,
-            eval_data=eval_data,
-            train_revision=resolved.outputs["train_revision"],
-            eval_revision=resolved.outputs["eval_revision"],
-            nsamples=nsamples,
-            seq_len=seq_len,
-            eval_blocks=eval_blocks,
-            eval_seq_len=eval_seq_len,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-        ),
-        light_cpu,
-        light_memory,
-    )
-    tokens = tokenized.outputs["tokens"]
-    pruned = on_gpu(
-        prune(
-            dense_model=fetched.outputs["dense_model"],
-            tokens=tokens,
-            sparsity=sparsity,
-            pattern=pattern,
-            method=method,
-            nsamples=nsamples,
-            seq_len=seq_len,
-            eval_blocks=eval_blocks,
-            eval_seq_len=eval_seq_len,
-            seed=seed,
-            dtype=dtype,
-            skip_ppl_eval=skip_ppl_eval,
-            trust_remote_code=trust_remote_code,
-        ),
-        gpu_type,
-        prune_gpus,
-        prune_cpu,
-        prune_memory,
-    )
+    p = SimpleNamespace(**locals())
+    prepared = prepare(p)
     distilled = on_gpu(
         distill(
-            dense_model=fetched.outputs["dense_model"],
-            pruned_model=pruned.outputs["pruned_model"],
-            mask=pruned.outputs["mask"],
-            tokens=tokens,
+            dense_model=prepared.fetched.outputs["dense_model"],
+            pruned_model=prepared.pruned.outputs["pruned_model"],
+            mask=prepared.pruned.outputs["mask"],
+            tokens=prepared.tokenized.outputs["tokens"],
             seq_len=seq_len,
             epochs=epochs,
             max_steps=max_steps,
@@ -268,30 +355,4 @@ def compress(
         distill_cpu,
         distill_memory,
     )
-    with dsl.ParallelFor(formats) as format:
-        quantized = quantize_format(
-            distilled_model=distilled.outputs["distilled_model"],
-            mask=pruned.outputs["mask"],
-            tokens=tokens,
-            format=format,
-            dtype=dtype,
-            eval_blocks=eval_blocks,
-            eval_seq_len=eval_seq_len,
-            skip_ppl_eval=skip_ppl_eval,
-            trust_remote_code=trust_remote_code,
-            gpu_type=gpu_type,
-            gpus=quantize_gpus,
-            cpu=quantize_cpu,
-            memory=quantize_memory,
-        )
-    reported = sized(
-        report(
-            fetched=fetched.outputs["stats"],
-            pruned=pruned.outputs["stats"],
-            distilled=distilled.outputs["stats"],
-            quantized=dsl.Collected(quantized.output),
-        ),
-        light_cpu,
-        light_memory,
-    )
-    return Outputs(page=reported.outputs["page"], summary=reported.outputs["summary"])
+    return finish(p, prepared, distilled)

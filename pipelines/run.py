@@ -21,6 +21,7 @@ from rich.table import Table
 from components.core.cli import fail, parse
 from components.core.files import check_new, read_json
 from components.distill.config import DistillConfig
+from components.distill_distributed.config import DistillDistributedConfig
 from components.prune.config import PruneConfig
 from components.quantize.config import QuantizeConfig
 from components.resolve.config import ResolveConfig
@@ -63,7 +64,7 @@ def check_parameters(values: dict[str, Any], run_dir: Path) -> None:
         (ResolveConfig, {}),
         (TokenizeConfig, {}),
         (PruneConfig, {"mask_file": ""}),
-        (DistillConfig, {"teacher_model": values["model_id"]}),
+        (DistillDistributedConfig if "handover" in values else DistillConfig, {"teacher_model": values["model_id"]}),
         *((QuantizeConfig, {"format": format}) for format in values["formats"]),
     ):
         names = {entry.name for entry in dataclasses.fields(config_class)}

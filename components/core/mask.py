@@ -4,7 +4,6 @@ Each entry is named after the weight it masks and holds its bits in row-major or
 lowest bit, the last byte padded with zeros. The file's metadata holds the shapes, the pattern and the sparsity asked for.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,9 +18,8 @@ from torch import Tensor, nn
 
 from components.core.checks import parse_pattern
 from components.core.files import new_file
+from components.core.mask_file import find_mask, fingerprint
 
-MASK_FILE = "sparsity_mask.safetensors"
-OLD_MASK_FILE = "sparsity_mask.pt"
 FORMAT = "sparsity-mask-1"
 
 
@@ -50,11 +48,7 @@ class Mask:
 
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and bits."""
-        digest = hashlib.sha256()
-        for name, mask in sorted(self.tensors.items()):
-            digest.update(json.dumps([name, list(mask.shape)]).encode())
-            digest.update(_pack(mask).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint((name, list(mask.shape), _pack(mask).numpy().tobytes()) for name, mask in self.tensors.items())
 
 
 def pruned_count(sparsity: float, numel: int) -> int:
@@ -100,11 +94,7 @@ def load_mask(path: str | Path) -> Mask:
     Raises:
         ValueError: no such file, or not a mask.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = next((file / name for name in (MASK_FILE, OLD_MASK_FILE) if (file / name).is_file()), file)
-    if not file.is_file():
-        raise ValueError(f"mask_file must be a {MASK_FILE} or a folder that holds one, got {path}")
+    file = find_mask(path)
     return _load_old(file) if file.suffix == ".pt" else _load_packed(file)
 
 

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from components.core.files import read_json, write_json
 
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "safetensors", "optimum-quanto", "compressed-tensors", "kfp")
@@ -58,8 +56,8 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.start = time.monotonic()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if gpu := _gpu():
+            gpu.reset_peak_memory_stats()
 
     def read(self) -> dict[str, Any]:
         """`seconds`, `peak_memory_bytes` of the process and, on a GPU, `peak_gpu_memory_bytes`."""
@@ -68,9 +66,15 @@ class Stopwatch:
             "seconds": round(time.monotonic() - self.start, 3),
             "peak_memory_bytes": rss * (1 if sys.platform == "darwin" else 1024),
         }
-        if torch.cuda.is_available():
-            read["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+        if gpu := _gpu():
+            read["peak_gpu_memory_bytes"] = gpu.max_memory_allocated()
         return read
+
+
+def _gpu() -> Any:
+    """torch.cuda where a GPU is used; a stage that never imported torch uses none."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
 def versions() -> dict[str, str]:

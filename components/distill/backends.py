@@ -64,7 +64,11 @@ class SingleProcess:
         self.shard()
         self.pruned = {name: self.place(~mask.tensors[name], parameter) for name, parameter in self.parameters.items()}
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=self.config.learning_rate, betas=BETAS, weight_decay=self.config.weight_decay
+            self.parameters.values(),
+            lr=self.config.learning_rate,
+            betas=BETAS,
+            weight_decay=self.config.weight_decay,
+            fused=True,  # one pass over memory instead of a dozen
         )
         self.schedule = make_schedule(self.optimizer, self.config.warmup_ratio, total_steps)
         self.engage(student)
@@ -205,7 +209,7 @@ def training_state(backend: SingleProcess) -> dict[str, Tensor]:
     for name, parameter in backend.parameters.items():
         moments = backend.optimizer.state[parameter]
         if not moments:
-            moments["step"] = torch.zeros(())
+            moments["step"] = torch.zeros((), device=parameter.device)  # where the fused step wants it
             moments |= {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
         state[name] = parameter.detach()
         state |= {f"{name}.{kind}": moments[kind] for kind in ("step", "exp_avg", "exp_avg_sq")}

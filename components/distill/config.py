@@ -1,7 +1,8 @@
 """Settings of the distill stage."""
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ class DistillConfig:
     """Training blocks of a forward pass."""
     grad_accum_steps: int = 8
     """Forward passes of an optimizer step."""
+    global_batch: int = 0
+    """Training blocks of an optimizer step over all processes; grad_accum_steps follows from it, so that a run whose number
+    of processes changes stays the same run. 0 = batch_size * grad_accum_steps * processes."""
     learning_rate: float = 2e-5
     """Peak of the cosine schedule (AdamW)."""
     warmup_ratio: float = 0.1
@@ -108,7 +112,7 @@ class DistillConfig:
             given(parameter, getattr(self, parameter))
         for parameter in ("epochs", "batch_size", "grad_accum_steps"):
             at_least(parameter, getattr(self, parameter), 1)
-        for parameter in ("max_steps", "weight_decay", "sparse_check_eps", "eval_blocks"):
+        for parameter in ("max_steps", "global_batch", "weight_decay", "sparse_check_eps", "eval_blocks"):
             at_least(parameter, getattr(self, parameter), 0)
         for parameter in ("learning_rate", "max_grad_norm", "temperature"):
             above(parameter, getattr(self, parameter), 0)
@@ -165,6 +169,11 @@ class DistillConfig:
         stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
         if stage not in (0, 1, 2):
             raise ValueError(f"deepspeed_config must have zero_optimization.stage 0, 1 or 2, got {stage}: use backend fsdp")
+
+    def flags(self, leave_out: Collection[str] = ()) -> list[str]:
+        """The settings as flags of this stage's command line; a setting that is empty is left out too."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(DistillConfig) if entry.name not in leave_out}
+        return [f"--{name}={value}" for name, value in values.items() if value != ""]
 
     def read_deepspeed_config(self) -> dict[str, Any]:
         """The DeepSpeed settings: those of `deepspeed_config`, or the shipped ones.

@@ -1,17 +1,14 @@
 """Start the processes of a run, and find this process's place among them."""
 
-import dataclasses
 import os
-import signal
-import subprocess
 import sys
 from datetime import timedelta
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from components.core.device import pick_device
+from components.core.process import run_to_end
 from components.distill.config import DistillConfig
 
 STARTED = "DISTILL_STARTED"
@@ -23,6 +20,11 @@ def started_already() -> bool:
     accelerate sets no rank for a single process; without the mark such a child would start children for ever.
     """
     return "RANK" in os.environ or STARTED in os.environ
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
@@ -54,13 +56,7 @@ def command(config: DistillConfig, cuda: bool) -> list[str]:
             start += ["--multi_gpu"]  # through torchrun; without GPUs too, where accelerate alone would want MPI
         elif not cuda:
             start += ["--cpu"]
-    return [sys.executable, *start, "-m", "components.distill", *flags(config)]
-
-
-def flags(config: DistillConfig) -> list[str]:
-    """The settings as flags of this stage's command line."""
-    values = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
-    return [f"--{name}={value}" for name, value in values.items() if value != ""]
+    return [sys.executable, *start, "-m", "components.distill", *config.flags()]
 
 
 def start(config: DistillConfig) -> None:
@@ -73,26 +69,15 @@ def start(config: DistillConfig) -> None:
     gpus = torch.cuda.device_count()
     if gpus and config.nproc_per_node > gpus:
         raise ValueError(f"nproc_per_node must be at most the {gpus} GPUs here, got {config.nproc_per_node}")
-    with subprocess.Popen(command(config, torch.cuda.is_available()), env=os.environ | {STARTED: "1"}) as process:
-
-        def pass_on(number: int, _: FrameType | None) -> None:
-            process.send_signal(number)
-
-        before = signal.signal(signal.SIGTERM, pass_on)
-        try:
-            code = process.wait()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-    if code:
-        raise SystemExit(code if code > 0 else 128 - code)
+    run_to_end(command(config, torch.cuda.is_available()), os.environ | {STARTED: "1"})
 
 
 def join(config: DistillConfig) -> torch.device:
     """Join the other processes; returns this one's device."""
     device = pick_device()
     if config.backend == "none":
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(f"backend must be fsdp or deepspeed for {os.environ['WORLD_SIZE']} processes, got none")
+        if processes() > 1:
+            raise ValueError(f"backend must be fsdp or deepspeed for {processes()} processes, got none")
         return device
     if "RANK" not in os.environ:  # a single process of a distributed backend
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}

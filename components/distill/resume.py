@@ -22,8 +22,9 @@ MANIFEST = "manifest.json"
 # a run may go on with other values of these; what the paths hold is compared by fingerprint
 FREE_SETTINGS = {
     "teacher_model", "student_model", "mask_file", "train_data", "eval_data", "mix_data",
-    "output_dir", "backend", "launcher", "nproc_per_node", "master_port", "deepspeed_config", "batch_size", "grad_accum_steps",
-    "checkpoint_dir", "checkpoint_steps", "keep_checkpoints", "tensorboard_dir", "gradient_checkpointing", "trust_remote_code",
+    "output_dir", "backend", "launcher", "nproc_per_node", "master_port", "deepspeed_config",
+    "batch_size", "grad_accum_steps", "global_batch", "checkpoint_dir", "checkpoint_steps", "keep_checkpoints",
+    "tensorboard_dir", "gradient_checkpointing", "trust_remote_code",
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Load teacher, student and mask; train; check that zeros stayed zero; save."""
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def train(config: DistillConfig, device: torch.device) -> StageRecord:
     if not config.skip_ppl_eval:
         evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
     dtype = pick_dtype(config.dtype, device)
+    config = share_global_batch(config, launch.processes())
     backend = BACKENDS[config.backend](config, device, dtype)
     _, total_steps = plan(len(blocks), config, backend.world_size)
 
@@ -93,7 +94,7 @@ def train(config: DistillConfig, device: torch.device) -> StageRecord:
     teacher = Teacher(load_model(teacher_folder, dtype, device, config.trust_remote_code), blocks, cache)
     backend.prepare(student, mask, total_steps)
     trainer = Trainer(backend, teacher, blocks, evaluation.ids if evaluation else None, config, inputs)
-    result = StageRecord("distill", asdict(config), versions=versions())
+    result = StageRecord("distill", asdict(config), versions=versions(), details={"inputs": inputs})
     history = read_history(config.student_model)
     if evaluation:
         text = evaluation.fingerprint()
@@ -116,6 +117,23 @@ def train(config: DistillConfig, device: torch.device) -> StageRecord:
         write(config, result, history, weights, dtype, tokenizer)
     backend.barrier()
     return result
+
+
+def share_global_batch(config: DistillConfig, processes: int) -> DistillConfig:
+    """Settings whose `grad_accum_steps` makes `global_batch` blocks of a step, if that is set.
+
+    Raises:
+        ValueError: the blocks cannot be shared evenly.
+    """
+    if not config.global_batch:
+        return config
+    steps, rest = divmod(config.global_batch, config.batch_size * processes)
+    if rest or not steps:
+        raise ValueError(
+            f"global_batch must be a multiple of batch_size * processes = {config.batch_size * processes}, "
+            f"got {config.global_batch}"
+        )
+    return replace(config, grad_accum_steps=steps)
 
 
 def text_of(blocks: Tensor) -> str:

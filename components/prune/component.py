@@ -26,7 +26,7 @@ def prune(
     trust_remote_code: bool,
 ) -> None:
     """Prune the dense model in one shot."""
-    from components.core.mask import MASK_FILE
+    from components.core.mask_file import MASK_FILE
     from components.core.record import publish
     from components.prune.config import PruneConfig
     from components.prune.stage import run

@@ -22,7 +22,8 @@ from components.core.checkpoint import (
 from components.core.checks import parse_pattern
 from components.core.device import pick_device, pick_dtype
 from components.core.files import check_new, new_directory
-from components.core.mask import MASK_FILE, Mask, enforce, integrity, save_mask
+from components.core.mask import Mask, enforce, integrity, save_mask
+from components.core.mask_file import MASK_FILE
 from components.core.models import local_folder, source_history
 from components.core.perplexity import perplexity
 from components.core.progress import log, log_perplexity, track

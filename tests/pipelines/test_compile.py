@@ -8,11 +8,16 @@ from docstring_parser import parse
 
 from pipelines import compile as compile_module
 from pipelines.compress import compress
+from pipelines.compress_distributed import compress_distributed
+
+PIPELINES = {pipeline.name: pipeline for pipeline in (compress, compress_distributed)}
+ASKS_FOR_GPUS = {"prune", "distill", "distill-distributed", "quantize"}
+NEVER_CACHED = {"resolve", "publish", "sweep-jobs"}  # they look at, or change, what lies outside of the run
 
 
-@pytest.fixture(scope="module")
-def spec():
-    return next(iter(yaml.safe_load_all((compile_module.COMPILED / "compress.yaml").read_text())))
+@pytest.fixture(scope="module", params=PIPELINES)
+def spec(request):
+    return next(iter(yaml.safe_load_all((compile_module.COMPILED / f"{request.param}.yaml").read_text())))
 
 
 def test_compiling_gives_the_golden_file_byte_for_byte(tmp_path, monkeypatch):
@@ -25,7 +30,8 @@ def test_compiling_gives_the_golden_file_byte_for_byte(tmp_path, monkeypatch):
 
 
 def test_every_parameter_is_described(spec):
-    described = {entry.arg_name for entry in parse(inspect.getdoc(compress.pipeline_func)).params}
+    function = PIPELINES[spec["pipelineInfo"]["name"]].pipeline_func
+    described = {entry.arg_name for entry in parse(inspect.getdoc(function)).params}
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     assert described == set(parameters)
     assert all(parameter.get("description") for parameter in parameters.values())
@@ -50,10 +56,10 @@ def pods(spec):
     return found
 
 
-def test_only_resolve_is_never_cached(spec):
+def test_only_what_looks_outside_is_never_cached(spec):
     cached = {name: bool(task["cachingOptions"]) for name, (task, _) in pods(spec).items()}
-    stages = ("resolve", "fetch", "tokenize", "prune", "distill", "quantize", "report")
-    assert cached == {stage: stage != "resolve" for stage in stages}
+    assert cached.keys() >= {"resolve", "fetch", "tokenize", "prune", "quantize", "report", "publish"}
+    assert cached == {stage: stage not in NEVER_CACHED for stage in cached}
 
 
 def test_every_pod_has_run_time_resources_and_an_explicit_back_off(spec):
@@ -62,7 +68,7 @@ def test_every_pod_has_run_time_resources_and_an_explicit_back_off(spec):
         resources = container["resources"]
         assert "$.inputs.parameters" in resources["resourceCpuLimit"], name
         assert "$.inputs.parameters" in resources["resourceMemoryLimit"], name
-        assert ("accelerator" in resources) == (name in {"prune", "distill", "quantize"}), name
+        assert ("accelerator" in resources) == (name in ASKS_FOR_GPUS), name
 
 
 def test_nothing_is_installed_when_a_pod_starts(spec):
@@ -81,6 +87,31 @@ def test_every_parameter_that_a_task_reads_is_an_input_of_its_dag(spec):
 
 
 def test_formats_are_quantized_side_by_side(spec):
-    loop = next(task for task in spec["root"]["dag"]["tasks"].values() if "parameterIterator" in task)
-    assert loop["parameterIterator"]["items"]["inputParameter"] == "pipelinechannel--formats"
+    tasks = [task for dag in dags(spec).values() for task in dag["dag"]["tasks"].values()]
+    loop = next(task for task in tasks if "parameterIterator" in task)
+    assert loop["parameterIterator"]["items"]["inputParameter"].endswith("pipelinechannel--formats")
     assert "iteratorPolicy" not in loop  # no limit: the formats run at the same time
+
+
+def test_the_job_of_many_nodes_gets_what_is_set_on_its_task():
+    """Else the launcher would ask for the GPUs and the nodes for none."""
+    spec = next(iter(yaml.safe_load_all((compile_module.COMPILED / "compress-distributed.yaml").read_text())))
+    passed = {
+        entry["field"]: entry.get("applyToTask", False)
+        for entry in spec["components"]["comp-distill-distributed"]["taskConfigPassthroughs"]
+    }
+    assert passed == {
+        "RESOURCES": False,
+        "KUBERNETES_AFFINITY": False,
+        "KUBERNETES_NODE_SELECTOR": False,
+        "KUBERNETES_TOLERATIONS": False,
+        "ENV": True,
+        "KUBERNETES_VOLUMES": True,
+    }
+
+
+def test_jobs_are_swept_whatever_becomes_of_the_run():
+    spec = next(iter(yaml.safe_load_all((compile_module.COMPILED / "compress-distributed.yaml").read_text())))
+    sweep = spec["root"]["dag"]["tasks"]["sweep-jobs"]
+    assert sweep["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    assert sweep["inputs"]["parameters"]["run_id"]["runtimeValue"]["constant"] == "{{$.pipeline_job_uuid}}"

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from components.core.mask import MASK_FILE, Mask, save_mask
+from components.core.mask import Mask, save_mask
+from components.core.mask_file import MASK_FILE
 from tests.conftest import SMALL, save_tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -29,7 +29,8 @@ from components.core.checkpoint import (
     weight_files,
     write_history,
 )
-from components.core.mask import MASK_FILE, Mask, save_mask
+from components.core.mask import Mask, save_mask
+from components.core.mask_file import MASK_FILE
 from components.core.record import StageRecord
 from tests.conftest import save_tiny, tiny_model, tiny_tokenizer
 

@@ -13,8 +13,6 @@ from safetensors.torch import save_file
 
 from components.core.mask import (
     FORMAT,
-    MASK_FILE,
-    OLD_MASK_FILE,
     Mask,
     SparsityError,
     apply_mask,
@@ -26,6 +24,7 @@ from components.core.mask import (
     save_mask,
     weight_shapes,
 )
+from components.core.mask_file import MASK_FILE, OLD_MASK_FILE
 from tests.conftest import tiny_model
 
 

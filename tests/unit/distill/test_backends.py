@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from components.core.mask import MASK_FILE, integrity, load_mask
+from components.core.mask import integrity, load_mask
+from components.core.mask_file import MASK_FILE
 from components.distill.config import DistillConfig
 from components.distill.launch import command
 from components.distill.resume import newest

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from components.core.checkpoint import read_history
-from components.core.mask import MASK_FILE, SparsityError, integrity, load_mask
+from components.core.mask import SparsityError, integrity, load_mask
+from components.core.mask_file import MASK_FILE
 from components.distill import backends
 from components.distill.backends import SingleProcess
 from components.distill.config import DistillConfig

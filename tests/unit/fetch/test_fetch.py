@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from components.core.mask import MASK_FILE, Mask, save_mask
+from components.core.mask import Mask, save_mask
+from components.core.mask_file import MASK_FILE
 from components.core.models import resolve_model
 from components.fetch.config import FetchConfig
 from components.fetch.stage import run

@@ -1,0 +1,48 @@
+"""The mask's file as bytes: its names and its fingerprint, for programs without torch."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+MASK_FILE = "sparsity_mask.safetensors"
+OLD_MASK_FILE = "sparsity_mask.pt"
+
+
+def find_mask(path: str | Path) -> Path:
+    """The mask's file, given as such or as a folder that holds it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = next((file / name for name in (MASK_FILE, OLD_MASK_FILE) if (file / name).is_file()), file)
+    if not file.is_file():
+        raise ValueError(f"mask_file must be a {MASK_FILE} or a folder that holds one, got {path}")
+    return file
+
+
+def fingerprint(entries: Iterable[tuple[str, list[int], bytes]]) -> str:
+    """SHA-256 over (name, shape, packed bits) of each masked weight, whatever their order."""
+    digest = hashlib.sha256()
+    for name, shape, bits in sorted(entries):
+        digest.update(json.dumps([name, shape]).encode())
+        digest.update(bits)
+    return digest.hexdigest()
+
+
+def fingerprint_of_file(file: Path) -> str:
+    """The fingerprint of a mask that lies in a safetensors file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            shapes = json.loads((opened.metadata() or {})["shapes"])
+            return fingerprint((name, shape, opened.get_tensor(name).tobytes()) for name, shape in shapes.items())
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"mask_file must be a {MASK_FILE}, got {file}: {error!r}") from error

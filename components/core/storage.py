@@ -1,0 +1,247 @@
+"""Folders of files at a place: a bucket or a mounted folder.
+
+A place is `gs://bucket/prefix`, `s3://bucket/prefix`, `minio://bucket/prefix` or an absolute folder path. A folder is kept
+there as it is, one object a file, and `complete.json`, written last, lists every file with its size and CRC-32C. So whatever
+stopped halfway has no `complete.json` and is never taken for a whole one, and what comes back is checked to the last byte.
+Empty folders are not kept. Credentials come from where the client libraries look for them: Application Default Credentials
+for gs://, AWS_ACCESS_KEY_ID and its like for s3:// and minio://.
+"""
+
+import base64
+import contextlib
+import importlib
+import json
+import re
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import google_crc32c
+
+from components.core.files import check_new, new_directory
+from components.core.progress import log
+from components.core.storage_base import WORKERS, FolderStore, Held, Store
+
+COMPLETE = "complete.json"
+_PIECE = 2**20
+_BUCKETS = {  # scheme: module of its store, extra that installs it
+    "gs": ("components.core.storage_gcs", "gcs"),
+    "s3": ("components.core.storage_s3", "s3"),
+    "minio": ("components.core.storage_s3", "s3"),
+}
+
+
+def check_place(parameter: str, place: str) -> None:
+    """Check how a place is written; nothing is asked of any server.
+
+    Args:
+        parameter: name of the setting, for the message.
+        place: what must be a place.
+
+    Raises:
+        ValueError: it is none.
+    """
+    scheme, found, path = place.partition("://")
+    parts = path.split("/") if found else place.split("/")[1:]
+    bucket_is_fit = scheme in _BUCKETS and re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", parts[0]) and len(parts) > 1
+    fit = bucket_is_fit if found else place.startswith("/")
+    if not fit or not all(
+        part not in ("", ".", "..") and part.isprintable() and not set(part) & set("\\*?#[]") for part in parts
+    ):
+        schemes = ", ".join(f"{scheme}://bucket/prefix" for scheme in _BUCKETS)
+        raise ValueError(f"{parameter} must be one of {schemes} or an absolute folder path, got {place!r}")
+
+
+def check_writable(parameter: str, place: str) -> None:
+    """Write and delete a small object, so that a missing bucket or right is told before any heavy work.
+
+    Args:
+        parameter: name of the setting, for the message.
+        place: where something is to be written later.
+
+    Raises:
+        ValueError: it is no place, or nothing can be written there.
+    """
+    check_place(parameter, place)
+    try:
+        if "://" not in place:
+            _check_writable_folder(Path(place))
+            return
+        store, name = _open(place), f".writable-{uuid.uuid4().hex}"
+        store.write(name, b"")
+        store.delete([name])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{parameter} must be a place that can be written, got {place}: {error}") from error
+
+
+def upload(folder: Path, place: str) -> None:
+    """Copy a folder to a place. What an earlier try left there is replaced.
+
+    Args:
+        folder: what to copy; holds at least one file and no `complete.json`.
+        place: where to; must not be complete yet.
+
+    Raises:
+        ValueError: the place is complete already, or an object is not what was sent.
+        OSError: the place could not be written, after the retries of its library.
+    """
+    check_place("place", place)
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    if not files or COMPLETE in files:
+        raise ValueError(f"folder must hold files, none of them {COMPLETE}, got {folder}")
+    if is_complete(place):
+        raise ValueError(f"place must not be complete yet, got {place}")
+    store = _open(place)
+    rest = store.list()
+    if whole := [name for name in rest if name.endswith(f"/{COMPLETE}")]:
+        raise ValueError(f"place must not hold other places that are complete, got {place} with {whole[0]}")
+    store.delete(rest)
+    with _measured("uploaded", place, [path.stat().st_size for path in files.values()]):
+        sums = _checksums(files)
+        store.put(files)
+        _check_held(store, place, sums)
+        store.write(COMPLETE, json.dumps({"files": {name: held._asdict() for name, held in sums.items()}}, indent=2).encode())
+
+
+def download(place: str, folder: Path) -> None:
+    """Copy what `upload` put at a place to a new folder, which appears whole or not at all.
+
+    Args:
+        place: where from.
+        folder: the folder to be created.
+
+    Raises:
+        ValueError: the place is not complete, an object is missing or differs, or the folder exists.
+        OSError: the place could not be read, after the retries of its library.
+    """
+    check_place("place", place)
+    store = _open(place)
+    try:
+        sums = _parse(store.read(COMPLETE), place)
+    except FileNotFoundError as error:
+        raise ValueError(f"place must be complete, {place} is not complete: it has no {COMPLETE}") from error
+    sizes = [held.size for held in sums.values()]
+    check_new("folder", folder, sum(sizes))
+    _check_held(store, place, sums)
+    with _measured("downloaded", place, sizes), new_directory(folder) as scratch:
+        files = {name: scratch / name for name in sums}
+        for path in files.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        store.get(files)
+        for name, held in _checksums(files).items():
+            if held != sums[name]:
+                raise ValueError(f"{place}/{name} must be what {COMPLETE} says, {sums[name]}, got {held}")
+
+
+def is_complete(place: str) -> bool:
+    """Whether an upload to the place came to its end."""
+    check_place("place", place)
+    try:
+        _open(place).read(COMPLETE)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def write_bytes(place: str, data: bytes) -> None:
+    """Write one small object, over an earlier one."""
+    check_place("place", place)
+    parent, _, name = place.rpartition("/")
+    _open(parent).write(name, data)
+
+
+def read_bytes(place: str) -> bytes:
+    """Read one small object.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    check_place("place", place)
+    parent, _, name = place.rpartition("/")
+    return _open(parent).read(name)
+
+
+def remove(place: str) -> None:
+    """Delete everything under a place; each `complete.json` first, so that what is left after a failure is not complete."""
+    check_place("place", place)
+    store = _open(place)
+    store.delete(sorted(store.list(), key=lambda name: PurePosixPath(name).name != COMPLETE))
+
+
+def _open(place: str) -> Store:
+    """The store of a place; imports the client library of its scheme and no other."""
+    scheme, found, path = place.partition("://")
+    if not found:
+        return FolderStore(Path(place))
+    module, extra = _BUCKETS[scheme]
+    bucket, _, prefix = path.partition("/")
+    try:
+        store: Store = importlib.import_module(module).open_store(scheme, bucket, prefix)
+    except ImportError as error:
+        raise ImportError(f"{scheme}:// needs pip install 'sparse-distill[{extra}]': {error}") from error
+    return store
+
+
+def _check_writable_folder(folder: Path) -> None:
+    """Write a file without a name to the lowest folder on the way that exists."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    with tempfile.TemporaryFile(dir=existing) as file:
+        file.write(b"x")
+
+
+def _checksum(path: Path) -> Held:
+    """Size and CRC-32C of a file, in pieces, so that shards of many gigabytes pass."""
+    crc, size = google_crc32c.Checksum(), 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            crc.update(piece)
+            size += len(piece)
+    return Held(size, base64.b64encode(crc.digest()).decode())
+
+
+def _checksums(files: Mapping[str, Path]) -> dict[str, Held]:
+    """`_checksum` of every file, several at once."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return dict(zip(files, pool.map(_checksum, files.values()), strict=True))
+
+
+def _check_held(store: Store, place: str, sums: Mapping[str, Held]) -> None:
+    """Compare what the store says it holds with what it must hold.
+
+    Raises:
+        ValueError: an object is missing or differs.
+    """
+    there = store.list()
+    for name, held in sums.items():
+        found = there.get(name)
+        if found is None or found.size != held.size or found.crc32c not in (None, held.crc32c):
+            raise ValueError(f"{place}/{name} must be what was uploaded, {held}, got {found or 'no object'}")
+
+
+def _parse(data: bytes, place: str) -> dict[str, Held]:
+    """What `complete.json` lists.
+
+    Raises:
+        ValueError: it is damaged, or a name in it would lead out of the folder that it is downloaded to.
+    """
+    try:
+        sums = {str(name): Held(int(held["size"]), str(held["crc32c"])) for name, held in json.loads(data)["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{place}/{COMPLETE} must list files with size and crc32c: {error!r}") from error
+    for name in sums:
+        parts = PurePosixPath(name).parts
+        if not parts or name != "/".join(parts) or parts[0] == "/" or ".." in parts or "\0" in name:
+            raise ValueError(f"names in {place}/{COMPLETE} must stay below their folder, got {name!r}")
+    return sums
+
+
+@contextlib.contextmanager
+def _measured(what: str, place: str, sizes: list[int]) -> Iterator[None]:
+    """Log how much was moved and how fast, when the block ends well."""
+    start = time.monotonic()
+    yield
+    seconds, megabytes = time.monotonic() - start, sum(sizes) / 1e6
+    log(f"{what} {place}: {len(sizes)} files, {megabytes:.1f} MB in {seconds:.1f} s, {megabytes / seconds:.0f} MB/s")

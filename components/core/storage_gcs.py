@@ -1,0 +1,122 @@
+"""Objects in Google Cloud Storage, moved by the transfer manager of google-cloud-storage.
+
+Files of up to `CHUNK` bytes travel whole, many at once; larger ones in pieces, several pieces at once (XML multipart upload,
+ranged reads). Threads, not processes: a piece is one call into the socket, which lets other threads run, and forking a
+process that holds a training framework may hang. Every request has the library's time limit and retries (60 s, 120 s).
+An upload that is killed midway may leave pieces that the bucket does not list: a lifecycle rule
+(`AbortIncompleteMultipartUpload`) removes them.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from google.api_core import exceptions as api
+from google.auth.exceptions import GoogleAuthError
+from google.cloud import storage
+from google.cloud.storage import Blob, transfer_manager
+from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
+from google.cloud.storage.retry import DEFAULT_RETRY
+
+from components.core.storage_base import CHUNK, WORKERS, Held, split
+
+
+def open_store(_: str, bucket: str, prefix: str) -> "GcsStore":
+    """The store at `gs://bucket/prefix`."""
+    return GcsStore(bucket, prefix)
+
+
+class GcsStore:
+    """See `components.core.storage_base.Store`."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self.place = f"gs://{bucket}/{prefix}"
+        self.prefix = f"{prefix}/" if prefix else ""
+        with self._one_line():
+            self.bucket = storage.Client(project=None).bucket(bucket)  # objects need no project
+
+    def list(self) -> dict[str, Held]:
+        """See `Store`."""
+        with self._one_line():
+            blobs = self.bucket.list_blobs(prefix=self.prefix)
+            return {blob.name.removeprefix(self.prefix): Held(blob.size, blob.crc32c) for blob in blobs}
+
+    def put(self, files: Mapping[str, Path]) -> None:
+        """See `Store`."""
+        small, large = split({name: path.stat().st_size for name, path in files.items()})
+        with self._one_line():
+            transfer_manager.upload_many(
+                [(str(files[name]), self._blob(name)) for name in small],
+                upload_kwargs={"checksum": "crc32c"},
+                raise_exception=True,
+                worker_type=transfer_manager.THREAD,
+                max_workers=WORKERS,
+            )
+            for name in large:
+                transfer_manager.upload_chunks_concurrently(
+                    str(files[name]),
+                    self._blob(name),
+                    chunk_size=CHUNK,
+                    checksum="crc32c",
+                    worker_type=transfer_manager.THREAD,
+                    max_workers=WORKERS,
+                )
+
+    def get(self, files: Mapping[str, Path]) -> None:
+        """See `Store`. Checksums are left to the caller, who reads the files once they are written."""
+        sizes = self.list()
+        small, large = split({name: sizes[name].size for name in files})
+        with self._one_line():
+            transfer_manager.download_many(
+                [(self._blob(name), str(files[name])) for name in small],
+                download_kwargs={"checksum": None, "single_shot_download": True},
+                raise_exception=True,
+                worker_type=transfer_manager.THREAD,
+                max_workers=WORKERS,
+            )
+            for name in large:
+                transfer_manager.download_chunks_concurrently(
+                    self._blob(name),
+                    str(files[name]),
+                    chunk_size=CHUNK,
+                    # else the library copies 8 KiB at a time, which threads cannot share
+                    download_kwargs={"single_shot_download": True},
+                    crc32c_checksum=False,
+                    worker_type=transfer_manager.THREAD,
+                    max_workers=WORKERS,
+                )
+
+    def read(self, name: str) -> bytes:
+        """See `Store`."""
+        with self._one_line():
+            try:
+                return bytes(self._blob(name).download_as_bytes(checksum="crc32c"))
+            except api.NotFound as error:
+                self.list()  # a missing bucket gives the same answer, but not to this
+                raise FileNotFoundError(f"{self.place} has no {name}") from error
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `Store`."""
+        with self._one_line():
+            self._blob(name).upload_from_string(data, content_type="application/octet-stream", checksum="crc32c")
+
+    def delete(self, names: Iterable[str]) -> None:
+        """See `Store`."""
+        with self._one_line():
+            # a request that is sent again may find its work done: missing is as good as deleted
+            self.bucket.delete_blobs([self._blob(name) for name in names], on_error=lambda _: None, retry=DEFAULT_RETRY)
+
+    def _blob(self, name: str) -> Blob:
+        return self.bucket.blob(self.prefix + name)
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Turn what the library raises into errors that a command ends with in one line."""
+        try:
+            yield
+        except api.NotFound as error:
+            raise ValueError(f"{self.place} must lie in a bucket that exists: {error.message}") from error
+        except GoogleAuthError as error:
+            raise ValueError(f"{self.place} needs Google credentials: {error}") from error
+        except (api.GoogleAPIError, InvalidResponse, DataCorruption) as error:
+            raise OSError(f"{self.place}: {error}") from error

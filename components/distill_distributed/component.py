@@ -1,0 +1,126 @@
+"""KFP wrappers of distillation on many nodes, and of the sweep at the end of its run."""
+
+from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output, TaskConfig, TaskConfigField, TaskConfigPassthrough
+
+from components.images import launcher_pod
+
+# what is set on the task goes to the nodes; the launcher needs the same access to the handover, and nothing else of it
+TO_NODES = [
+    TaskConfigField.RESOURCES,
+    TaskConfigField.KUBERNETES_AFFINITY,
+    TaskConfigField.KUBERNETES_NODE_SELECTOR,
+    TaskConfigField.KUBERNETES_TOLERATIONS,
+    TaskConfigPassthrough(field=TaskConfigField.ENV, apply_to_task=True),
+    TaskConfigPassthrough(field=TaskConfigField.KUBERNETES_VOLUMES, apply_to_task=True),
+]
+
+
+@launcher_pod(task_config_passthroughs=TO_NODES)
+def distill_distributed(
+    dense_model: Input[Model],
+    pruned_model: Input[Model],
+    mask: Input[Artifact],
+    tokens: Input[Dataset],
+    distilled_model: Output[Model],
+    stats: Output[Artifact],
+    job: Output[Artifact],
+    metrics: Output[Metrics],
+    task_config: TaskConfig,
+    handover: str,
+    image: str,
+    kind: str,
+    nodes: int,
+    elastic: str,
+    retries: int,
+    deadline: int,
+    queue: str,
+    runtime: str,
+    service_account: str,
+    seq_len: int,
+    epochs: int,
+    max_steps: int,
+    batch_size: int,
+    grad_accum_steps: int,
+    learning_rate: float,
+    warmup_ratio: float,
+    alpha_kd: float,
+    temperature: float,
+    weight_decay: float,
+    kl_direction: str,
+    nproc_per_node: int,
+    gradient_checkpointing: bool,
+    teacher_cache: str,
+    keep_best: bool,
+    patience: int,
+    seed: int,
+    dtype: str,
+    sparse_check_eps: float,
+    fail_on_sparse_violation: bool,
+    eval_blocks: int,
+    eval_seq_len: int,
+    skip_ppl_eval: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Distil the dense teacher into the sparse student on many nodes."""
+    import dataclasses
+    import json
+
+    from components.core.record import publish
+    from components.distill_distributed.config import DistillDistributedConfig
+    from components.distill_distributed.stage import run
+
+    record = run(
+        DistillDistributedConfig(
+            teacher_model=dense_model.path,
+            student_model=pruned_model.path,
+            mask_file=mask.path,
+            train_data=tokens.path,
+            eval_data=tokens.path,
+            output_dir=distilled_model.path,
+            job_file=job.path,
+            pod=json.dumps(dataclasses.asdict(task_config)),
+            handover=handover,
+            image=image,
+            kind=kind,
+            nodes=nodes,
+            elastic=elastic,
+            retries=retries,
+            deadline=deadline,
+            queue=queue,
+            runtime=runtime,
+            service_account=service_account,
+            seq_len=seq_len,
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            grad_accum_steps=grad_accum_steps,
+            learning_rate=learning_rate,
+            warmup_ratio=warmup_ratio,
+            alpha_kd=alpha_kd,
+            temperature=temperature,
+            weight_decay=weight_decay,
+            kl_direction=kl_direction,
+            nproc_per_node=nproc_per_node,
+            gradient_checkpointing=gradient_checkpointing,
+            teacher_cache=teacher_cache,
+            keep_best=keep_best,
+            patience=patience,
+            seed=seed,
+            dtype=dtype,
+            sparse_check_eps=sparse_check_eps,
+            fail_on_sparse_violation=fail_on_sparse_violation,
+            eval_blocks=eval_blocks,
+            eval_seq_len=eval_seq_len,
+            skip_ppl_eval=skip_ppl_eval,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+    publish(record, metrics, stats.path)
+
+
+@launcher_pod()
+def sweep_jobs(run_id: str, handover: str) -> None:
+    """Delete what is left of a run's jobs and of their handover."""
+    from components.distill_distributed.sweep import SweepConfig, run
+
+    run(SweepConfig(run_id=run_id, handover=handover))

@@ -1,0 +1,114 @@
+"""Settings of distillation on many nodes: those of the distill stage, and those of the job."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.core.checks import at_least, given, one_of
+from components.core.storage import check_place
+from components.distill.config import DistillConfig
+
+KINDS = ("pytorchjob", "trainjob")
+POD_SETTINGS = ("affinity", "env", "node_selector", "resources", "tolerations", "volume_mounts", "volumes")
+LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillDistributedConfig(DistillConfig):
+    """Distil on many nodes: create a Kubeflow job, watch it, bring its result."""
+
+    backend: str = "fsdp"
+    """Only `fsdp`."""
+    launcher: str = "torchrun"
+    """Only `torchrun`, which every node starts."""
+    handover: str
+    """Where launcher and nodes exchange models: gs://, s3:// or minio:// bucket with prefix, or a folder on a volume that all
+    of them mount at the same path. Checkpoints are kept there too if it is a folder."""
+    image: str
+    """Image of the nodes, the project's gpu or cpu image."""
+    kind: str = "pytorchjob"
+    """`pytorchjob` (kubeflow.org/v1) or `trainjob` (Kubeflow Trainer 2.2 or newer)."""
+    nodes: int = 2
+    """Nodes, each a pod with nproc_per_node processes."""
+    elastic: str = ""
+    """`MIN:MAX` nodes with which the job may go on; empty = all of them. For a pytorchjob only."""
+    retries: int = 3
+    """How often every node may be started again after a failure; a trainjob's runtime decides this itself."""
+    deadline: int = 86400
+    """Seconds that the job may run, queueing not counted."""
+    queue: str = ""
+    """Kueue LocalQueue; empty = no queue."""
+    runtime: str = "torch-distributed"
+    """ClusterTrainingRuntime of a trainjob."""
+    service_account: str = ""
+    """ServiceAccount of the nodes, such as one with access to the bucket; empty = the namespace's default."""
+    pod: str = "{}"
+    """Settings of the nodes' pods as a JSON object: affinity, env, node_selector, resources, tolerations, volume_mounts and
+    volumes, in Kubernetes' own form. In a pipeline they are what is set on the task."""
+    job_file: str = ""
+    """File to write the job's manifest to before it is submitted; empty = `<output_dir>.job.yaml`."""
+
+    def __post_init__(self) -> None:
+        for parameter in ("handover", "image"):
+            given(parameter, getattr(self, parameter))
+        check_place("handover", self.handover)
+        one_of("backend", self.backend, ("fsdp",))
+        one_of("launcher", self.launcher, ("torchrun",))
+        one_of("kind", self.kind, KINDS)
+        for parameter in ("mix_data", "tensorboard_dir", "deepspeed_config"):
+            if value := getattr(self, parameter):
+                raise ValueError(f"{parameter} must be empty for a job, got {value}: the nodes could not read it")
+        for parameter in ("nodes", "deadline"):
+            at_least(parameter, getattr(self, parameter), 1)
+        at_least("retries", self.retries, 0)
+        for parameter in ("queue", "service_account", "runtime"):
+            value = getattr(self, parameter)
+            if value and not LABEL.fullmatch(value):
+                raise ValueError(f"{parameter} must be the name of a Kubernetes object, got {value}")
+        self.node_range()
+        self.pod_settings()
+        super().__post_init__()
+
+    def inputs(self) -> dict[str, str]:
+        """What the nodes read: parameter → path; the mask's is that of its folder."""
+        mask = Path(self.mask_file)
+        paths = {
+            "teacher_model": self.teacher_model,
+            "student_model": self.student_model,
+            "mask_file": str(mask if mask.is_dir() else mask.parent),
+            "train_data": self.train_data,
+        }
+        return paths if self.skip_ppl_eval else paths | {"eval_data": self.eval_data}
+
+    def node_range(self) -> tuple[int, int] | None:
+        """The fewest and most nodes of an elastic job, None for any other.
+
+        Raises:
+            ValueError: `elastic` does not say.
+        """
+        if not self.elastic:
+            return None
+        if self.kind != "pytorchjob":
+            raise ValueError(f"elastic must be empty for kind {self.kind}, got {self.elastic}")
+        found = re.fullmatch(r"(\d+):(\d+)", self.elastic)
+        if not found or not 1 <= int(found[1]) <= self.nodes <= int(found[2]):
+            raise ValueError(f"elastic must be MIN:MAX with 1 <= MIN <= nodes = {self.nodes} <= MAX, got {self.elastic}")
+        return int(found[1]), int(found[2])
+
+    def pod_settings(self) -> dict[str, Any]:
+        """The nodes' pod settings, those that are set.
+
+        Raises:
+            ValueError: `pod` is not a JSON object with these settings.
+        """
+        try:
+            settings = json.loads(self.pod)
+        except ValueError as error:
+            raise ValueError(f"pod must be a JSON object: {error}, got {self.pod}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"pod must be a JSON object, got {self.pod}")
+        for name in settings.keys() - set(POD_SETTINGS):
+            raise ValueError(f"pod must have settings among {', '.join(POD_SETTINGS)}, got {name}")
+        return {name: value for name, value in settings.items() if value}

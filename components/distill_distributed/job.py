@@ -1,0 +1,183 @@
+"""The job as a manifest: one spec and a pure renderer for each kind of job.
+
+PyTorchJob, training-operator 1.9: https://www.kubeflow.org/docs/components/trainer/legacy-v1/
+TrainJob, Kubeflow Trainer 2.2 and newer: https://www.kubeflow.org/docs/components/trainer/
+
+Both operators tell each node its place by the PET_* variables that torchrun reads, so its command needs no flags.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+MANAGED_BY = "app.kubernetes.io/managed-by"
+PROJECT = "sparse-distill"
+RUN_LABEL = "sparse-distill/run"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+KEEP_SECONDS = 3600  # a finished job stays so long: for a launcher that comes back, and for people
+SHARED_MEMORY = "8Gi"  # upper limit of /dev/shm, by which processes of a node talk; Kubernetes gives 64 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """What runs on the nodes.
+
+    Attributes:
+        name: the job's name, a DNS-1035 label.
+        namespace: where it runs.
+        run: the pipeline run that it belongs to.
+        image: the nodes' image.
+        command: what each node runs.
+        nodes: how many.
+        nproc_per_node: processes on each.
+        elastic: fewest and most nodes, None = all.
+        retries: how often every node may start again.
+        deadline: seconds.
+        queue: Kueue LocalQueue, "" = none.
+        runtime: ClusterTrainingRuntime of a TrainJob.
+        service_account: the nodes' ServiceAccount, "" = the default one.
+        pod: settings of the nodes' pods, see `DistillDistributedConfig.pod`.
+        owner: ownerReference to the launcher's pod, with which Kubernetes removes the job; None outside of a cluster.
+    """
+
+    name: str
+    namespace: str
+    run: str
+    image: str
+    command: list[str]
+    nodes: int
+    nproc_per_node: int
+    elastic: tuple[int, int] | None
+    retries: int
+    deadline: int
+    queue: str
+    runtime: str
+    service_account: str
+    pod: Mapping[str, Any] = field(default_factory=dict)
+    owner: Mapping[str, Any] | None = None
+
+
+def pytorchjob(spec: JobSpec) -> dict[str, Any]:
+    """The spec as a PyTorchJob (kubeflow.org/v1).
+
+    A job of fixed size has one master, whose success is the job's; an elastic one has workers only.
+    """
+    template = {"metadata": {"labels": labels(spec), "annotations": NO_MESH}, "spec": pod_spec(spec)}
+    replica = {"restartPolicy": "OnFailure", "template": template}
+    body: dict[str, Any] = {
+        "nprocPerNode": str(spec.nproc_per_node),
+        "runPolicy": {
+            "activeDeadlineSeconds": spec.deadline,
+            # without a limit a failing pod would start again for ever; one failure ends the processes of all nodes
+            "backoffLimit": spec.retries * spec.nodes,
+            "cleanPodPolicy": "Running",  # None, the default, leaves pods and their GPUs running after a failure
+            "ttlSecondsAfterFinished": KEEP_SECONDS,
+        },
+    }
+    if spec.elastic:
+        fewest, most = spec.elastic
+        body["elasticPolicy"] = {
+            "minReplicas": fewest,
+            "maxReplicas": most,
+            "rdzvBackend": "c10d",
+            "rdzvId": spec.name,
+            "maxRestarts": max(spec.retries, 1),
+        }
+        body["pytorchReplicaSpecs"] = {"Worker": {"replicas": spec.nodes, **replica}}
+    else:
+        workers = {"Worker": {"replicas": spec.nodes - 1, **replica}} if spec.nodes > 1 else {}
+        body["pytorchReplicaSpecs"] = {"Master": {"replicas": 1, **replica}, **workers}
+    return {"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "metadata": metadata(spec), "spec": body}
+
+
+def trainjob(spec: JobSpec) -> dict[str, Any]:
+    """The spec as a TrainJob (trainer.kubeflow.org/v1alpha1); restarts are up to its runtime."""
+    pod = pod_spec(spec)
+    (container,) = pod["containers"]
+    trainer = {
+        "image": spec.image,
+        "command": spec.command,
+        "env": container["env"],
+        "numNodes": spec.nodes,
+        "numProcPerNode": spec.nproc_per_node,
+    }
+    if "resources" in container:
+        trainer["resourcesPerNode"] = container["resources"]
+    patched = {name: pod[name] for name in PATCHED if name in pod}
+    patched["containers"] = [
+        {"name": "node", "volumeMounts": container["volumeMounts"], "securityContext": container["securityContext"]}
+    ]
+    template = {"metadata": {"labels": labels(spec), "annotations": NO_MESH}, "spec": patched}
+    node = {"name": "node", "template": {"spec": {"template": template}}}
+    body = {
+        "runtimeRef": {"name": spec.runtime},
+        "activeDeadlineSeconds": spec.deadline,
+        "trainer": trainer,
+        "runtimePatches": [
+            {
+                "manager": f"{PROJECT}/launcher",
+                "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}},
+            }
+        ],
+    }
+    return {"apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob", "metadata": metadata(spec), "spec": body}
+
+
+def as_yaml(manifest: dict[str, Any]) -> str:
+    """A manifest as YAML; by way of JSON, or YAML would write what master and workers share as an alias."""
+    return yaml.safe_dump(json.loads(json.dumps(manifest)), sort_keys=False)
+
+
+RENDERERS = {"pytorchjob": pytorchjob, "trainjob": trainjob}
+NO_MESH = {"sidecar.istio.io/inject": "false"}  # a mesh's sidecar never ends, and refuses what the nodes tell each other
+PATCHED = ("affinity", "nodeSelector", "securityContext", "serviceAccountName", "tolerations", "volumes")
+
+
+def labels(spec: JobSpec) -> dict[str, str]:
+    """Whose the job and its pods are; the sweep at the end of a run finds them by it."""
+    return {MANAGED_BY: PROJECT, RUN_LABEL: spec.run}
+
+
+def metadata(spec: JobSpec) -> dict[str, Any]:
+    """The job's own metadata."""
+    queue = {QUEUE_LABEL: spec.queue} if spec.queue else {}
+    owners = {"ownerReferences": [dict(spec.owner)]} if spec.owner else {}
+    return {"name": spec.name, "namespace": spec.namespace, "labels": labels(spec) | queue, **owners}
+
+
+def pod_spec(spec: JobSpec) -> dict[str, Any]:
+    """A node's pod."""
+    own_env = [
+        {"name": "PYTHONUNBUFFERED", "value": "1"},
+        # the nodes read all from the handover
+        {"name": "HF_HUB_OFFLINE", "value": "1"},
+        # else a node that comes back alone finds no rendezvous under torch 2.13
+        {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"},
+    ]
+    container: dict[str, Any] = {
+        "name": "pytorch",
+        "image": spec.image,
+        "imagePullPolicy": "IfNotPresent",
+        "command": spec.command,
+        "env": [*own_env, *spec.pod.get("env", [])],
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}, *spec.pod.get("volume_mounts", [])],
+    }
+    if "resources" in spec.pod:
+        container["resources"] = spec.pod["resources"]
+    memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}}
+    pod: dict[str, Any] = {
+        "automountServiceAccountToken": False,  # the nodes ask nothing of Kubernetes
+        "containers": [container],
+        "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+        "volumes": [memory, *spec.pod.get("volumes", [])],
+    }
+    if spec.service_account:
+        pod["serviceAccountName"] = spec.service_account
+    for name, key in (("affinity", "affinity"), ("node_selector", "nodeSelector"), ("tolerations", "tolerations")):
+        if name in spec.pod:
+            pod[key] = spec.pod[name]
+    return pod

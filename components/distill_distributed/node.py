@@ -1,0 +1,73 @@
+"""What runs on each node of the job: read the inputs, start torchrun, hand the result over.
+
+Inputs are read once a node, not once a process. Only the node with the first process has a result, and writes it; the
+others wait until it is whole, since an elastic job counts as succeeded, and its pods are removed, when any node ends.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.core import storage
+from components.core.cli import fail, parse
+from components.core.process import run_to_end
+from components.core.progress import log
+
+RESULT_PATIENCE = 3600.0  # seconds that a node without a result waits for the one that writes it
+POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeConfig:
+    """Settings of a node."""
+
+    place: str
+    """The job's place at the handover: inputs/… is read, result is written."""
+    inputs: str
+    """Parameter of components.distill → name under inputs/, as a JSON object; parameters may share one."""
+    flags: str
+    """All other flags of components.distill, as a JSON list."""
+
+
+def run(config: NodeConfig) -> None:
+    """Do a node's part. Raises SystemExit with the exit code of torchrun where that fails."""
+    result = f"{config.place}/result"
+    if storage.is_complete(result):
+        log("the result is there already")
+        return
+    work = Path(tempfile.mkdtemp(prefix="distill-"))
+    inputs = json.loads(config.inputs)
+    for name in sorted(set(inputs.values())):
+        storage.download(f"{config.place}/inputs/{name}", work / name)
+    paths = {parameter: work / name for parameter, name in inputs.items()} | {"output_dir": work / "result"}
+    flags = [*json.loads(config.flags), *(f"--{parameter}={path}" for parameter, path in paths.items())]
+    run_to_end([sys.executable, "-m", "torch.distributed.run", "-m", "components.distill", *flags], os.environ)
+    if (work / "result").is_dir():
+        storage.upload(work / "result", result)
+    else:
+        wait_for(result)
+
+
+def wait_for(result: str) -> None:
+    """Wait until another node has written the result. Raises ValueError if it does not."""
+    start = time.monotonic()
+    while not storage.is_complete(result):
+        if time.monotonic() - start > RESULT_PATIENCE:
+            raise ValueError(f"no other node wrote {result} within {RESULT_PATIENCE:.0f} s")
+        time.sleep(POLL_SECONDS)
+
+
+def main() -> None:
+    """Run a node."""
+    try:
+        run(parse(NodeConfig, "One node of a distillation job."))
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

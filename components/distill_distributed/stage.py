@@ -1,0 +1,190 @@
+"""Hand the models over, create the job or adopt it, watch it, and bring back a result that proves itself."""
+
+import hashlib
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from components.core import storage
+from components.core.files import check_new, new_file
+from components.core.mask_file import find_mask, fingerprint_of_file
+from components.core.progress import log
+from components.core.record import StageRecord
+from components.distill_distributed.cluster import Cluster
+from components.distill_distributed.config import DistillDistributedConfig
+from components.distill_distributed.job import MANAGED_BY, RENDERERS, RUN_LABEL, JobSpec, as_yaml
+from components.distill_distributed.watch import JobError, Watcher
+
+KFP_RUN_LABEL = "pipeline/runid"
+# paths, and what a job decides otherwise
+NOT_FOR_NODES = {
+    "teacher_model", "student_model", "mask_file", "train_data", "eval_data", "output_dir", "checkpoint_dir",
+    "launcher", "nproc_per_node", "master_port", "global_batch",
+}  # fmt: skip
+
+
+def run(config: DistillDistributedConfig) -> StageRecord:
+    """Distil on many nodes and write the student with its record.
+
+    The job is deleted when this process is asked to end; when it is killed, Kubernetes removes the job with this pod, or
+    the next try adopts it.
+
+    Raises:
+        JobError: the job failed, or its result does not hold what it should.
+        ValueError: the handover cannot be written.
+    """
+    for parameter, path in config.inputs().items():
+        if not Path(path).is_dir():
+            raise ValueError(f"{parameter} must be a folder for a job, got {path}")
+    mask = fingerprint_of_file(find_mask(config.mask_file))
+    job_file = Path(config.job_file or f"{config.output_dir}.job.yaml")
+    check_new("job_file", job_file)
+    storage.check_writable("handover", config.handover)
+    cluster = Cluster.connect()
+    pod = cluster.own_pod()
+    run_id = (pod or {"metadata": {}})["metadata"].get("labels", {}).get(KFP_RUN_LABEL, "none")
+    name = job_name(run_id, config.output_dir)
+    place = f"{config.handover.rstrip('/')}/{run_id}/{name}"
+    manifest = RENDERERS[config.kind](make_spec(config, cluster.namespace, run_id, name, place, pod))
+    with new_file(job_file) as scratch:
+        scratch.write_text(as_yaml(manifest), encoding="utf-8")
+    inputs = distinct(config.inputs())
+    for input_name in sorted(set(inputs.values())):
+        if not storage.is_complete(f"{place}/inputs/{input_name}"):  # an earlier try has handed it over
+            storage.upload(Path(config.inputs()[input_name]), f"{place}/inputs/{input_name}")
+    with ended_with_this_process(cluster, config.kind, name):
+        submit(cluster, config.kind, manifest)
+        fewest = config.node_range()
+        Watcher(cluster, config.kind, name, fewest[0] if fewest else config.nodes, config.deadline).follow()
+    return collect(f"{place}/result", Path(config.output_dir), name, mask)
+
+
+def job_name(run_id: str, output_dir: str) -> str:
+    """A name that every try of one task shares and no other task has: KFP gives each task of each run its own output."""
+    return f"distill-{hashlib.sha256(f'{run_id} {Path(output_dir).absolute()}'.encode()).hexdigest()[:12]}"
+
+
+def distinct(inputs: dict[str, str]) -> dict[str, str]:
+    """Parameter → the first parameter with the same path, by which the path is handed over once."""
+    first: dict[str, str] = {}
+    return {parameter: first.setdefault(path, parameter) for parameter, path in inputs.items()}
+
+
+def make_spec(
+    config: DistillDistributedConfig, namespace: str, run_id: str, name: str, place: str, pod: dict[str, Any] | None
+) -> JobSpec:
+    """The job for these settings; `pod` is the launcher's own, or None."""
+    in_folder = Path(config.handover).is_absolute()
+    checkpoints = config.checkpoint_dir or (f"{place}/checkpoints" if in_folder else "")
+    flags = config.flags(leave_out=NOT_FOR_NODES)
+    flags += [f"--global_batch={config.global_batch or global_batch(config)}"]
+    flags += [f"--checkpoint_dir={checkpoints}"] if checkpoints else []
+    command = ["python", "-m", "components.distill_distributed.node", "--place", place]
+    command += ["--inputs", json.dumps(distinct(config.inputs())), "--flags", json.dumps(flags)]
+    return JobSpec(
+        name=name,
+        namespace=namespace,
+        run=run_id,
+        image=config.image,
+        command=command,
+        nodes=config.nodes,
+        nproc_per_node=config.nproc_per_node,
+        elastic=config.node_range(),
+        retries=config.retries,
+        deadline=config.deadline,
+        queue=config.queue,
+        runtime=config.runtime,
+        service_account=config.service_account,
+        pod=config.pod_settings(),
+        owner=owner_reference(pod) if pod else None,
+    )
+
+
+def global_batch(config: DistillDistributedConfig) -> int:
+    """Training blocks of a step over all processes, which stays when an elastic job loses a node."""
+    return config.batch_size * config.grad_accum_steps * config.nodes * config.nproc_per_node
+
+
+def owner_reference(pod: dict[str, Any]) -> dict[str, Any]:
+    """With this in a job's metadata Kubernetes removes it when the pod is removed."""
+    return {"apiVersion": "v1", "kind": "Pod", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}
+
+
+@contextmanager
+def ended_with_this_process(cluster: Cluster, kind: str, name: str) -> Iterator[None]:
+    """Delete the job when this process is asked to end; a failed or lost one is left for people, and for the next try."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the deletion
+        log(f"asked to end: deleting job {name}")
+        cluster.delete_job(kind, name)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def submit(cluster: Cluster, kind: str, manifest: dict[str, Any]) -> None:
+    """Create the job; one of an earlier try is adopted, or replaced if it has failed.
+
+    Raises:
+        JobError: the name belongs to a job of somebody else.
+    """
+    metadata = manifest["metadata"]
+    while cluster.create_job(kind, manifest) is None:
+        found = cluster.read_job(kind, metadata["name"])
+        if found is None:
+            continue  # it went between the two requests
+        theirs = found["metadata"].get("labels", {})
+        if any(theirs.get(label) != metadata["labels"][label] for label in (MANAGED_BY, RUN_LABEL)):
+            raise JobError(f"job {metadata['name']} exists and belongs to no try of this task")
+        if has_failed(found) or "deletionTimestamp" in found["metadata"]:
+            log(f"job {metadata['name']} of an earlier try has failed: it is removed and created anew")
+            cluster.delete_job(kind, metadata["name"])
+            cluster.wait_until_gone(kind, metadata["name"])
+            continue
+        log(f"job {metadata['name']} of an earlier try is there: adopting it")
+        for owner in metadata.get("ownerReferences", []):
+            cluster.own_job(kind, metadata["name"], owner)
+        return
+    log(f"job {metadata['name']} created: {manifest['kind']} in namespace {metadata['namespace']}")
+
+
+def has_failed(job: dict[str, Any]) -> bool:
+    """Whether a job's status says that it failed."""
+    conditions = job.get("status", {}).get("conditions", [])
+    return any(entry["type"] == "Failed" and entry["status"] == "True" for entry in conditions)
+
+
+def collect(place: str, output_dir: Path, name: str, mask: str) -> StageRecord:
+    """Bring the result of a job that says it succeeded, and believe it only if the result is whole and says the same.
+
+    Args:
+        place: where the node with the first process has written it.
+        output_dir: folder to create.
+        name: the job's name.
+        mask: fingerprint of the mask that was handed over.
+
+    Raises:
+        JobError: it is not there, or was trained under another mask, or without the integrity check.
+    """
+    if not storage.is_complete(place):
+        raise JobError(f"job {name} says that it succeeded, but {place} holds no complete result")
+    storage.download(place, output_dir)
+    record = StageRecord.load(output_dir / "distill_stats.json")
+    check = record.sparse_integrity_check
+    used = record.details.get("inputs", {}).get("mask")
+    if used != mask:
+        raise JobError(f"job {name} must train under the mask {mask}, its result says {used}")
+    if check is None or (record.parameters["fail_on_sparse_violation"] and not check["passed"]):
+        raise JobError(f"job {name} must end with a passed integrity check, its result says {check}")
+    log(f"distilled by job {name}: {output_dir}")
+    return record

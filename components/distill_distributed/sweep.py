@@ -1,0 +1,51 @@
+"""At the end of a run, however it ended: delete what is left of its jobs and of their handover."""
+
+import re
+from dataclasses import dataclass
+
+from components.core import storage
+from components.core.cli import fail, parse
+from components.core.progress import log
+from components.core.storage import check_place
+from components.distill_distributed.cluster import KINDS, Cluster
+from components.distill_distributed.job import RUN_LABEL
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Which run's jobs to delete."""
+
+    run_id: str
+    """The run's id."""
+    handover: str
+    """The run's handover place."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?", self.run_id):
+            raise ValueError(f"run_id must be a run's id, got {self.run_id!r}")
+        check_place("handover", self.handover)
+
+
+def run(config: SweepConfig) -> None:
+    """Delete the run's jobs and what was handed over to them; both may be gone already."""
+    cluster = Cluster.connect()
+    for kind in KINDS:
+        for job in cluster.list_jobs(kind, f"{RUN_LABEL}={config.run_id}"):
+            name = job["metadata"]["name"]
+            cluster.delete_job(kind, name)
+            log(f"job {name} deleted")
+    place = f"{config.handover.rstrip('/')}/{config.run_id}"
+    storage.remove(place)
+    log(f"{place} removed")
+
+
+def main() -> None:
+    """Sweep."""
+    try:
+        run(parse(SweepConfig, "Delete the jobs of a run."))
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

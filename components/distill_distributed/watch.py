@@ -1,0 +1,178 @@
+"""Follow a job to its end: say what it waits for, show its log, keep what failing containers leave, and tell its fate.
+
+A job's status alone is not believed. That pods wait for a place or for their image does not count as running; what a
+container left when it ended is read at once, since the operator may remove its pod; success is for the caller to confirm.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from components.core.progress import clock, log
+from components.distill_distributed.cluster import Cluster
+
+POLL_SECONDS = 3.0
+TAIL_LINES = 40
+IMAGE_PATIENCE = 600.0  # seconds for which an image that cannot be pulled is waited for: a registry may be away
+NO_STATUS_PATIENCE = 300.0  # seconds after which a job that no operator has touched is given up
+GRACE_SECONDS = 300.0  # over the deadline, which is for the operator to hold; then the launcher does
+ORDINARY = {"ContainerCreating", "PodInitializing"}
+IMAGE_FAULTS = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
+
+
+class JobError(ValueError):
+    """The job failed, or went away."""
+
+
+@dataclass
+class Watcher:
+    """Follows one job.
+
+    Attributes:
+        cluster: where the job is.
+        kind: `pytorchjob` or `trainjob`.
+        name: the job's name.
+        nodes: how many pods make it complete.
+        deadline: seconds that it may run.
+    """
+
+    cluster: Cluster
+    kind: str
+    name: str
+    nodes: int
+    deadline: float
+    said: dict[str, str] = field(default_factory=dict)
+    endings: dict[str, str] = field(default_factory=dict)
+    since: dict[str, float] = field(default_factory=dict)
+    shown_until: dict[str, str] = field(default_factory=dict)
+    log_read: float = 0.0
+
+    def follow(self) -> None:
+        """Wait until the job says that it succeeded.
+
+        Raises:
+            JobError: it failed, ran into a deadline, was deleted, or will never start.
+        """
+        self.since["submitted"] = time.monotonic()
+        while True:
+            job = self.cluster.read_job(self.kind, self.name)
+            if job is None:
+                raise JobError(f"job {self.name} was deleted while it was watched")
+            conditions = {
+                entry["type"]: entry for entry in job.get("status", {}).get("conditions", []) if entry["status"] == "True"
+            }
+            pods = self.cluster.pods_of(self.kind, self.name)
+            self._tell_state(conditions, pods)
+            for pod in pods:
+                self._tell_pod(pod)
+            self._show_log(pods)
+            if failed := conditions.get("Failed"):
+                raise JobError(self._account(failed, pods))
+            if "Succeeded" in conditions or "Complete" in conditions:
+                return
+            self._check_patience(job, pods)
+            time.sleep(POLL_SECONDS)
+
+    def _say(self, about: str, line: str) -> None:
+        """Print a line if it is news."""
+        if self.said.get(about) != line:
+            self.said[about] = line
+            log(line)
+
+    def _tell_state(self, conditions: dict[str, Any], pods: list[dict[str, Any]]) -> None:
+        running = [pod for pod in pods if pod["status"].get("phase") == "Running"]
+        if "Suspended" in conditions:
+            self.since.pop("running", None)
+            self._say(
+                "job", f"job {self.name}: queued, it is suspended ({conditions['Suspended'].get('message', 'no reason given')})"
+            )
+        elif "Restarting" in conditions:
+            self._say("job", f"job {self.name}: restarting ({conditions['Restarting'].get('message', 'no reason given')})")
+        elif len(running) >= self.nodes:
+            if "running" not in self.since:
+                self.since["running"] = time.monotonic()
+                waited = clock(self.since["running"] - self.since["submitted"])
+                log(f"job {self.name}: running on {self.nodes} nodes, {waited} after it was submitted")
+            self.said.pop("job", None)
+        elif not {"Succeeded", "Complete", "Failed"} & conditions.keys():
+            self._say("job", f"job {self.name}: {len(running)} of {self.nodes} nodes run")
+
+    def _tell_pod(self, pod: dict[str, Any]) -> None:
+        """Say what a pod waits for, and what a container left that ended badly."""
+        name = pod["metadata"]["name"]
+        if reason := waiting_for(pod):
+            self._say(name, f"{name} waits: {reason}")
+        else:
+            self.said.pop(name, None)
+        for status in pod["status"].get("containerStatuses", []):
+            for state, previous in ((status.get("state", {}), False), (status.get("lastState", {}), True)):
+                ended = state.get("terminated")
+                key = f"{pod['metadata']['uid']} {status['name']} {ended and ended.get('containerID')}"
+                if ended and ended["exitCode"] and key not in self.endings:
+                    self.endings[key] = (
+                        f"{name} ended with exit code {ended['exitCode']} ({ended.get('reason', 'no reason given')})"
+                    )
+                    lines = self.cluster.log(name, status["name"], previous, tail=TAIL_LINES)
+                    log(f"{self.endings[key]}; its last lines:")
+                    for line in lines:
+                        log(f"  {name}| {without_time(line)}")
+
+    def _show_log(self, pods: list[dict[str, Any]]) -> None:
+        """Print what is new in the log of the first node, which speaks for all.
+
+        The last seconds are asked for each time, with some overlap, and lines up to the last one shown are left out: so
+        nothing is lost or said twice when a request fails or another launcher takes over.
+        """
+        leader = next((pod for pod in pods if pod["status"].get("phase") in ("Running", "Succeeded", "Failed")), None)
+        if leader is None or leader is not pods[0]:
+            return
+        name, now = leader["metadata"]["name"], time.monotonic()
+        shown = self.shown_until.get(leader["metadata"]["uid"], "")
+        container = leader["spec"]["containers"][0]["name"]
+        for line in self.cluster.log(name, container, False, seconds=int(now - self.log_read) + 30 if shown else None):
+            stamp = line.partition(" ")[0]
+            if stamp > shown:
+                shown = stamp
+                log(f"  {name}| {without_time(line)}")
+        self.shown_until[leader["metadata"]["uid"]] = shown
+        self.log_read = now
+
+    def _check_patience(self, job: dict[str, Any], pods: list[dict[str, Any]]) -> None:
+        """Give up on what cannot end well by itself. Raises JobError."""
+        now = time.monotonic()
+        if not pods and not job.get("status", {}).get("conditions") and now - self.since["submitted"] > NO_STATUS_PATIENCE:
+            raise JobError(f"job {self.name} has no status: is the operator for kind {self.kind} installed?")
+        faults = [reason for pod in pods if (reason := waiting_for(pod)).partition(":")[0] in IMAGE_FAULTS]
+        if not faults:
+            self.since.pop("image fault", None)
+        elif now - self.since.setdefault("image fault", now) > IMAGE_PATIENCE:
+            raise JobError(f"job {self.name}: the image could not be pulled for {IMAGE_PATIENCE:.0f} s, {faults[0]}")
+        if "running" in self.since and now - self.since["running"] > self.deadline + GRACE_SECONDS:
+            raise JobError(f"job {self.name} still runs after its deadline of {self.deadline:.0f} s: no operator ended it")
+
+    def _account(self, failed: dict[str, Any], pods: list[dict[str, Any]]) -> str:
+        """Why the job failed, in one line; prints the events that warn."""
+        for name in (self.name, *(pod["metadata"]["name"] for pod in pods)):
+            for event in self.cluster.events_of(name):
+                if event.get("type") == "Warning":
+                    log(f"  event of {name}: {event.get('reason')}: {event.get('message')}")
+        endings = "; ".join(dict.fromkeys(self.endings.values())) or "no container left an exit code"
+        return f"job {self.name} failed: {failed.get('reason')}: {failed.get('message')}; {endings}"
+
+
+def waiting_for(pod: dict[str, Any]) -> str:
+    """`reason: message` of what keeps a pod from running; empty if nothing unusual does."""
+    status = pod["status"]
+    for condition in status.get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return f"{condition.get('reason')}: {condition.get('message')}"
+    for container in (*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])):
+        waiting = container.get("state", {}).get("waiting")
+        if waiting and waiting.get("reason") not in ORDINARY:
+            return f"{waiting.get('reason')}: {waiting.get('message', 'no message')}"
+    return ""
+
+
+def without_time(line: str) -> str:
+    """A log line without the time that Kubernetes puts in front."""
+    return line.partition(" ")[2]

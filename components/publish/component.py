@@ -1,0 +1,41 @@
+"""KFP wrapper of the publish stage."""
+
+from typing import List  # noqa: UP035 (KFP reads this spelling of a list of artifacts)
+
+from kfp.dsl import Artifact, Input, Metrics, Model, Output
+
+from components.images import launcher_pod
+
+
+@launcher_pod()
+def publish(
+    models: Input[List[Model]],  # noqa: UP006
+    summary: Input[Artifact],
+    stats: Output[Artifact],
+    metrics: Output[Metrics],
+    publish_to: str,
+    version: str,
+    max_ppl_ratio: float,
+    min_sparsity: float,
+    registry: str,
+    registry_model: str,
+) -> str:
+    """Publish the models and their report if they pass the gate; returns the version's place."""
+    from components.core.record import publish
+    from components.publish.config import PublishConfig
+    from components.publish.stage import run
+
+    record = run(
+        PublishConfig(
+            models=[model.path for model in models],
+            summary_dir=summary.path,
+            publish_to=publish_to,
+            version=version,
+            max_ppl_ratio=max_ppl_ratio,
+            min_sparsity=min_sparsity,
+            registry=registry,
+            registry_model=registry_model,
+        )
+    )
+    publish(record, metrics, stats.path)
+    return str(record.measured["place"])

@@ -1,0 +1,62 @@
+"""Settings of the publish stage."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.core.checks import at_least, given, in_unit
+from components.core.storage import check_place
+
+HISTORY_FILE = "compression.json"
+REPORT_FILES = ("report.html", "summary.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishConfig:
+    """Upload models and their report as one immutable version, and point `latest.json` at it; the gate comes first."""
+
+    models: list[str]
+    """Checkpoints to publish, folders with a compression.json."""
+    summary_dir: str
+    """Folder of the report stage: report.html, summary.json."""
+    publish_to: str
+    """Place that holds the versions: gs://, s3:// or minio:// with bucket and prefix, or an absolute folder."""
+    version: str = ""
+    """Name of the version; empty = from the content, so that the same models are recognised."""
+    max_ppl_ratio: float = 0.0
+    """Refuse to publish if a model's perplexity is above so many times the dense one's; 0 = no limit."""
+    min_sparsity: float = 0.0
+    """Refuse to publish if a model's sparsity is below this share; 0 = no limit."""
+    registry: str = ""
+    """Address of a Kubeflow Model Registry, http:// or https://, to register the models in; empty = none."""
+    registry_model: str = ""
+    """Name of the model in the registry."""
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError(f"models must name at least one checkpoint, got {self.models}")
+        for model in self.models:
+            if not (Path(model) / HISTORY_FILE).is_file():
+                raise ValueError(f"models must be folders with a {HISTORY_FILE}, got {model!r}")
+            if not any(Path(model).glob("*.safetensors")):
+                raise ValueError(f"models must hold safetensors weights, got {model!r}")
+        for file in REPORT_FILES:
+            if not (Path(self.summary_dir) / file).is_file():
+                raise ValueError(f"summary_dir must be a folder with a {file}, got {self.summary_dir!r}")
+        check_place("publish_to", self.publish_to)
+        if self.version and not is_version(self.version):
+            raise ValueError(f"version must be letters, digits, '.', '_' and '-', and not latest.json, got {self.version!r}")
+        at_least("max_ppl_ratio", self.max_ppl_ratio, 0)
+        in_unit("min_sparsity", self.min_sparsity)
+        if self.registry:
+            if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", self.registry):
+                shown = self.registry.rsplit("@", 1)[-1]  # what stands before may be a password
+                raise ValueError(f"registry must be an http:// or https:// address without user and password, got {shown!r}")
+            given("registry_model", self.registry_model)
+        elif self.registry_model:
+            raise ValueError(f"registry must be given for a registry_model, got {self.registry!r}")
+
+
+def is_version(name: str) -> bool:
+    """Whether a name can stand in a place, beside the pointer."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)) and name != "latest.json"

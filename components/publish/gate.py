@@ -1,0 +1,124 @@
+"""What is known of the models to publish, and whether it is good enough. Nothing is measured here.
+
+A model's history tells its own perplexity and sparsity, and the dense model's perplexity before pruning. Two
+perplexities are compared only if they were measured on the same text. A limit whose number is unknown is not met.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.core.files import read_json
+from components.publish.config import HISTORY_FILE
+
+# each layer loses a whole number of weights: a model pruned to 0.7 may have 0.6999995
+ROUNDING = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model to publish.
+
+    Attributes:
+        name: its folder in the version: the format, such as `int8`; for one that is not quantized, the stage.
+        folder: the checkpoint.
+        source: `model_id` and `revision` of the dense model.
+        perplexity: the model's own; None if it was not measured.
+        dense_perplexity: the dense model's on the same text; None if it was not measured there.
+        sparsity: share of weights that are zero; None if it was not measured, or the integrity check failed.
+        bytes: its weights on disk.
+    """
+
+    name: str
+    folder: Path
+    source: dict[str, Any]
+    perplexity: float | None
+    dense_perplexity: float | None
+    sparsity: float | None
+    bytes: float | None
+
+    def ppl_ratio(self) -> float | None:
+        """Perplexity over the dense model's."""
+        return self.perplexity / self.dense_perplexity if self.perplexity and self.dense_perplexity else None
+
+
+def read_candidate(folder: str) -> Candidate:
+    """Read a checkpoint's history.
+
+    Raises:
+        ValueError: it is none of ours, or what was done last has no usable name.
+    """
+    path = Path(folder) / HISTORY_FILE
+    history = read_json(path)
+    try:
+        steps, source = history["steps"], history["source"]
+        stage, measured = steps[-1]["stage"], steps[-1]["measured"]
+        name = str(steps[-1]["parameters"]["format"] if stage == "quantize" else stage)
+        check = steps[-1].get("sparse_integrity_check")
+        pruning: dict[str, Any] = next((step["measured"] for step in steps if step["stage"] == "prune"), {})
+        same_text = measured.get("perplexity_text") and pruning.get("perplexity_text") == measured["perplexity_text"]
+        return Candidate(
+            name=_folder_name(name),
+            folder=Path(folder),
+            source={key: source[key] for key in ("model_id", "revision")},
+            perplexity=_number(measured, "perplexity"),
+            dense_perplexity=_number(pruning, "perplexity_before") if same_text else None,
+            sparsity=_number(measured, "sparsity") if check and check["passed"] is True else None,
+            bytes=_number(measured, "bytes"),
+        )
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be a history of stages with what each measured, got {error!r}") from error
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise ValueError(f"a model's format must be lower-case letters, digits and '_', got {name!r}")
+    return name
+
+
+def _number(measured: dict[str, Any], name: str) -> float | None:
+    value = measured.get(name)
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    return value if usable else None
+
+
+def check_gate(candidates: list[Candidate], max_ppl_ratio: float, min_sparsity: float) -> None:
+    """Check every model against every limit.
+
+    Args:
+        candidates: the models.
+        max_ppl_ratio: largest perplexity over the dense model's; 0 = no limit.
+        min_sparsity: smallest share of zeros; 0 = no limit.
+
+    Raises:
+        ValueError: some are not met, or their numbers unknown; names all of them.
+    """
+    failures = [
+        f"{candidate.name}: {failure}"
+        for candidate in candidates
+        for failure in (_too_perplexed(candidate, max_ppl_ratio), _too_dense(candidate, min_sparsity))
+        if failure
+    ]
+    if failures:
+        raise ValueError("nothing is published, the gate failed; " + "; ".join(failures))
+
+
+def _too_perplexed(candidate: Candidate, limit: float) -> str | None:
+    ratio = candidate.ppl_ratio()
+    if not limit or (ratio is not None and ratio <= limit):
+        return None
+    rule = f"perplexity over dense must be at most max_ppl_ratio {limit}"
+    if ratio is not None:
+        return f"{rule}, got {ratio:.4f} ({candidate.perplexity:.4f} over {candidate.dense_perplexity:.4f})"
+    missing = "the model's perplexity" if candidate.perplexity is None else "the dense model's perplexity on the same text"
+    return f"{rule}, and {missing} was not measured"
+
+
+def _too_dense(candidate: Candidate, limit: float) -> str | None:
+    sparsity = candidate.sparsity
+    if not limit or (sparsity is not None and sparsity >= limit - ROUNDING):
+        return None
+    rule = f"sparsity must be at least min_sparsity {limit}"
+    return f"{rule}, got {sparsity}" if sparsity is not None else f"{rule}, and no sparsity was measured that holds"

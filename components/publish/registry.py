@@ -1,0 +1,85 @@
+"""Kubeflow Model Registry: each model becomes a version there, whose only artifact names the model's place.
+
+A registered version never changes. Every step looks before it writes, so that a registration that broke off is completed
+by the next one; the client's own `register_model` would refuse the version that is half there. The client is 0.3.14,
+the last to speak v1alpha3; later ones speak v1, which the registries that are in use do not have yet.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# the client's own variable: a token stands neither in a setting, which is recorded, nor on a command line
+TOKEN_PATH = "KF_PIPELINES_SA_TOKEN_PATH"
+FORMAT = "huggingface"  # KServe's name of checkpoints that transformers loads
+
+
+class Registry:
+    """A connection to a registry; made before the upload, so that a wrong address costs nothing.
+
+    Args:
+        server: address, http:// or https://.
+        model: name of the registered model.
+
+    Raises:
+        OSError: the token's file cannot be read, or the registry does not answer.
+        ImportError: the client is not installed.
+    """
+
+    def __init__(self, server: str, model: str) -> None:
+        from model_registry.core import ModelRegistryAPIClient
+        from model_registry.types import ListOptions
+        from mr_openapi import Configuration
+
+        token_path = os.environ.get(TOKEN_PATH)
+        token = Path(token_path).read_text(encoding="utf-8").strip() if token_path else None
+        self.server, self.model = server.rstrip("/"), model
+        self.client: Any = ModelRegistryAPIClient(Configuration(host=self.server, access_token=token))
+        with self._named():
+            asyncio.run(self.client.get_registered_models(ListOptions(limit=1)))  # tells a wrong address or token at once
+
+    def register(self, version: str, uri: str, properties: dict[str, Any]) -> None:
+        """Register a published model, or see that it is.
+
+        Args:
+            version: name of the version, unique for the model.
+            uri: where the checkpoint is.
+            properties: numbers and text to show with the version.
+
+        Raises:
+            OSError: the registry refused or did not answer.
+            ValueError: the version is registered with another place.
+        """
+        with self._named():
+            asyncio.run(self._register(version, uri, properties))
+
+    async def _register(self, version: str, uri: str, properties: dict[str, Any]) -> None:
+        from model_registry.types import ModelArtifact, ModelVersion, RegisteredModel
+
+        client = self.client
+        model = await client.get_registered_model_by_params(self.model)
+        model = model or await client.upsert_registered_model(RegisteredModel(name=self.model))
+        known = await client.get_model_version_by_params(model.id, version)
+        known = known or await client.upsert_model_version(ModelVersion(name=version, custom_properties=properties), model.id)
+        artifacts = await client.get_model_artifacts(known.id)
+        if not artifacts:
+            artifact = ModelArtifact(name=self.model, uri=uri, model_format_name=FORMAT, model_format_version="1")
+            await client.upsert_model_version_artifact(artifact, known.id)
+        elif [artifact.uri for artifact in artifacts] != [uri]:
+            raise ValueError(f"version {version} must not be registered with another place yet, it is at {artifacts[0].uri}")
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Turn what the client raises into one error that names the server."""
+        from aiohttp import ClientError
+        from mr_openapi.exceptions import ApiException
+
+        try:
+            yield
+        except ApiException as error:  # its text has all headers and the body
+            raise OSError(f"the registry {self.server} answered {error.status} {error.reason}") from error
+        except (ClientError, TimeoutError) as error:
+            raise OSError(f"the registry {self.server} does not answer: {error}") from error

@@ -1,0 +1,130 @@
+"""Check the gate, upload everything as one version, register it, and move the pointer at the very end.
+
+    <publish_to>/<version>/<format>/…       the checkpoints
+    <publish_to>/<version>/report/…         the report
+    <publish_to>/<version>/version.json     what the version holds
+    <publish_to>/latest.json                a copy of one version's version.json: the pointer
+
+A version that is complete never changes. Whatever breaks before the end leaves the pointer where it was, and a retry
+goes on from there. Publishing an older version again points back at it.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from components.core.files import sample_fingerprint, write_json
+from components.core.progress import log
+from components.core.record import StageRecord, Stopwatch, versions
+from components.core.storage import check_writable, is_complete, read_bytes, upload, write_bytes
+from components.publish.config import PublishConfig
+from components.publish.gate import Candidate, check_gate, read_candidate
+from components.publish.registry import Registry
+
+LATEST_FILE = "latest.json"
+VERSION_FILE = "version.json"
+REPORT = "report"
+
+
+def run(config: PublishConfig) -> StageRecord:
+    """Publish models and report.
+
+    Raises:
+        ValueError: a model fails the gate, or the version exists with other content; nothing is uploaded then.
+        OSError: the place or the registry failed; the pointer is where it was.
+    """
+    watch = Stopwatch()
+    candidates = [read_candidate(folder) for folder in config.models]
+    folders = named_folders(candidates, Path(config.summary_dir))
+    check_gate(candidates, config.max_ppl_ratio, config.min_sparsity)
+    check_writable("publish_to", config.publish_to)
+    registry = Registry(config.registry, config.registry_model) if config.registry else None
+
+    digest = fingerprint(folders)
+    version = config.version or digest[:12]
+    place = f"{config.publish_to}/{version}"
+    if is_complete(place):
+        check_same(place, digest)
+        log(f"published before, with the same content: {place}")
+    else:
+        upload_version(folders, describe(version, digest, candidates), place)
+    if registry:
+        for candidate in candidates:
+            registry.register(f"{version}-{candidate.name}", f"{place}/{candidate.name}", known(candidate))
+    write_bytes(f"{config.publish_to}/{LATEST_FILE}", read_bytes(f"{place}/{VERSION_FILE}"))
+    log(f"published {', '.join(folders)}: {place}")
+    return StageRecord("publish", asdict(config), measure(version, place, candidates) | watch.read(), versions=versions())
+
+
+def named_folders(candidates: list[Candidate], summary_dir: Path) -> dict[str, Path]:
+    """The folders of a version by name: models, then report.
+
+    Raises:
+        ValueError: two models have the same name.
+    """
+    names = Counter([*(candidate.name for candidate in candidates), REPORT])
+    for name, count in names.items():
+        if count > 1:
+            raise ValueError(f"models must be of different formats, got {name} {count} times")
+    return {candidate.name: candidate.folder for candidate in candidates} | {REPORT: summary_dir}
+
+
+def files_of(folders: dict[str, Path]) -> dict[str, Path]:
+    """All files of a version but its description, by their path there."""
+    return {
+        f"{name}/{file.relative_to(folder).as_posix()}": file
+        for name, folder in folders.items()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def fingerprint(folders: dict[str, Path]) -> str:
+    """SHA-256 over the names of all files, their sizes and pieces of their content."""
+    files = {path: sample_fingerprint([file]) for path, file in files_of(folders).items()}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def check_same(place: str, digest: str) -> None:
+    """Raise `ValueError` if a complete version holds something else than what is to be published."""
+    try:
+        found = json.loads(read_bytes(f"{place}/{VERSION_FILE}"))["digest"]
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"version must not be used by something else, {place} has no {VERSION_FILE} of ours") from error
+    if found != digest:
+        raise ValueError(f"version must be new for new content, {place} holds other models or another report")
+
+
+def upload_version(folders: dict[str, Path], description: dict[str, Any], place: str) -> None:
+    """Upload all folders and the description at once, so that the version is complete or not there."""
+    with tempfile.TemporaryDirectory() as staging:
+        for path, file in files_of(folders).items():
+            link = Path(staging, path)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.resolve())
+        write_json(Path(staging, VERSION_FILE), description)
+        upload(Path(staging), place)
+
+
+def describe(version: str, digest: str, candidates: list[Candidate]) -> dict[str, Any]:
+    """What `version.json` and the pointer say: no date, so that the same content gives the same bytes."""
+    return {"version": version, "digest": digest, "models": {candidate.name: known(candidate) for candidate in candidates}}
+
+
+def known(candidate: Candidate) -> dict[str, Any]:
+    """The numbers and the origin of a model, those that are known."""
+    numbers = {name: getattr(candidate, name) for name in ("perplexity", "dense_perplexity", "sparsity", "bytes")}
+    return {name: value for name, value in (candidate.source | numbers).items() if value is not None}
+
+
+def measure(version: str, place: str, candidates: list[Candidate]) -> dict[str, Any]:
+    """The record's numbers: the version, where it is, and what the gate looked at."""
+    measured: dict[str, Any] = {"version": version, "place": place}
+    for candidate in candidates:
+        numbers = {"ppl_ratio": candidate.ppl_ratio(), "sparsity": candidate.sparsity}
+        measured |= {f"{name}_{candidate.name}": value for name, value in numbers.items() if value is not None}
+    return measured

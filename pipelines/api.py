@@ -1,0 +1,155 @@
+"""Talking to the KFP API: log in, upload a version, and tell what goes wrong in one line.
+
+All ways to log in are those of `kfp.Client`: a token in KF_PIPELINES_TOKEN or cookies in KF_PIPELINES_COOKIES, the projected
+service account token of a pod, or the current kubectl context. None is a flag, so none is in a shell's history.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kfp.client import KF_PIPELINES_SA_TOKEN_ENV, KF_PIPELINES_SA_TOKEN_PATH, Client, ServiceAccountTokenVolumeCredentials
+from kfp_server_api import ApiException, V2beta1Pipeline, V2beta1PipelineVersion
+from simple_parsing.helpers import field as flag
+from urllib3.exceptions import HTTPError, MaxRetryError
+
+from components.core.checks import given
+from components.core.progress import log
+from pipelines.package import Package
+
+TOKEN, COOKIES = "KF_PIPELINES_TOKEN", "KF_PIPELINES_COOKIES"
+REQUEST_SECONDS = 60  # kfp sets no limit; a lost connection would hang for ever
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Which KFP to talk to."""
+
+    host: str = ""
+    """Address of KFP; empty = KF_PIPELINES_ENDPOINT, the cluster that this runs in, or the current kubectl context."""
+    namespace: str = ""
+    """Profile namespace of a KFP with many users; empty otherwise."""
+
+    def __post_init__(self) -> None:
+        if self.host and (not self.host.startswith(("http://", "https://")) or "@" in self.host):
+            raise ValueError("host must begin with http:// or https:// and hold no password, log in by environment variables")
+        for name in (TOKEN, COOKIES):
+            if not (value := os.environ.get(name, "").strip()).isascii() or not value.isprintable():
+                raise ValueError(f"{name} must be one line of plain characters")  # its value stays secret
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig(ServerConfig):
+    """Which pipeline to run, and how."""
+
+    pipeline: str = "compress"
+    """Name of a pipeline in pipelines/compiled, or the path of a compiled YAML file."""
+    params: str = ""
+    """YAML file with values for the pipeline's parameters; empty = none."""
+    set: list[str] = flag(default_factory=list, action="extend")  # noqa: RUF009 (it is a field)
+    """Values for the pipeline's parameters, name=value each; they go before the file."""
+    experiment: str = "sparse-distill"
+    """Experiment that runs are filed under; created if it is missing."""
+    service_account: str = ""
+    """Kubernetes service account of the pods; empty = KFP's own."""
+    no_cache: bool = False
+    """Compute everything anew; uploads a version of its own, with caching switched off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given("experiment", self.experiment)
+
+
+class _Client(Client):
+    def get_kfp_healthz(self, sleep_duration: int = 5) -> Any:
+        """Whether this is KFP at all. kfp's own repeats a refusal for 25 seconds and prints a traceback each time."""
+        health, _, headers = self._healthz_api.healthz_service_get_healthz_with_http_info(_request_timeout=REQUEST_SECONDS)
+        if "json" not in headers.get("Content-Type", ""):
+            raise ValueError(f"host must answer as the KFP API, got a web page; is it a login page? Set {TOKEN} or {COOKIES}")
+        return health
+
+
+def connect(config: ServerConfig) -> Client:
+    """Log in and make sure that KFP answers."""
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries end in an error that says the same
+    token_file = Path(os.environ.get(KF_PIPELINES_SA_TOKEN_ENV) or KF_PIPELINES_SA_TOKEN_PATH)
+    with warnings.catch_warnings(action="ignore"):
+        client = _Client(
+            host=config.host or None,
+            existing_token=os.environ.get(TOKEN, "").strip() or None,
+            cookies=os.environ.get(COOKIES, "").strip() or None,
+            credentials=ServiceAccountTokenVolumeCredentials(str(token_file)) if token_file.is_file() else None,
+        )
+    client.get_kfp_healthz()
+    return client
+
+
+@contextlib.contextmanager
+def plain_errors(host: str) -> Iterator[None]:
+    """Turn what the API or the network says into a ValueError of one line, without any secret.
+
+    Raises:
+        ValueError: in place of every error of the API or the network.
+    """
+    try:
+        yield
+    except ApiException as error:
+        raise ValueError(_explain(error)) from None  # the chained error would print headers and body
+    except HTTPError as error:
+        reason = error.reason if isinstance(error, MaxRetryError) else error
+        raise ValueError(f"host must be a KFP API that can be reached, got {host or 'none'}: {reason}") from None
+
+
+def _explain(error: ApiException) -> str:
+    if error.status == 401:
+        return f"KFP asks for a login (401): {TOKEN} or {COOKIES} must hold one that is valid"
+    try:
+        said = json.loads(error.body or "")
+        message = str(said.get("message") or said.get("error"))
+    except (ValueError, AttributeError):  # a proxy's page
+        message = str(error.reason)
+    secrets = [os.environ.get(TOKEN, ""), *(part.partition("=")[2] for part in os.environ.get(COOKIES, "").split(";"))]
+    for secret in filter(None, map(str.strip, secrets)):
+        message = message.replace(secret, "…")
+    meaning = {403: "this login may not do that", 404: "not found, or host is not the address of KFP"}
+    return f"KFP answered {error.status} ({meaning.get(error.status, error.reason)}): {message}"
+
+
+def everything(list_page: Callable[..., Any], items: str, **where: Any) -> Iterator[Any]:
+    """All things that one of the client's list functions gives page by page; `items` is their name in a page."""
+    token = ""
+    while True:
+        page = list_page(page_token=token, page_size=100, **where)
+        yield from getattr(page, items) or ()
+        if not (token := page.next_page_token):
+            return
+
+
+def _named(things: Iterable[Any], name: str) -> Any:
+    return next((thing for thing in things if thing.display_name == name), None)
+
+
+def upload(client: Client, package: Package, namespace: str) -> V2beta1PipelineVersion:
+    """The pipeline version that holds this very YAML; it is uploaded if it is not there yet."""
+    where = namespace or None
+    pipeline = _named(everything(client.list_pipelines, "pipelines", namespace=where), package.name)
+    if pipeline is None:  # kfp's upload of a new pipeline would name its first version after the pipeline
+        wanted = V2beta1Pipeline(display_name=package.name, description=package.description, namespace=where)
+        pipeline = client.pipelines.pipeline_service_create_pipeline(pipeline=wanted)
+    versions = everything(client.list_pipeline_versions, "pipeline_versions", pipeline_id=pipeline.pipeline_id)
+    if version := _named(versions, package.version):
+        log(f"{package.name} {package.version} is there already, nothing uploaded")
+        return version
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{package.name}.yaml"
+        path.write_bytes(package.content)
+        version = client.upload_pipeline_version(str(path), package.version, pipeline_id=pipeline.pipeline_id)
+    log(f"{package.name} {package.version} uploaded")
+    return version

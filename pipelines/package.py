@@ -1,0 +1,156 @@
+"""A compiled pipeline as it goes to a cluster: its YAML, the version that names it, and values for its parameters."""
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.images import VERSION
+from pipelines.run import check_parameters
+
+COMPILED = Path(__file__).with_name("compiled")
+
+# parameter type of a pipeline spec → (what to call it, its Python types, how a flag's text is read)
+TYPES: dict[str, tuple[str, tuple[type, ...], Callable[[str], Any]]] = {
+    "STRING": ("a string", (str,), str),
+    "NUMBER_INTEGER": ("a whole number", (int,), int),
+    "NUMBER_DOUBLE": ("a finite number", (int, float), float),
+    "BOOLEAN": ("true or false", (bool,), {"true": True, "false": False}.__getitem__),
+    "LIST": ("a list", (list,), yaml.safe_load),
+    "STRUCT": ("a mapping", (dict,), yaml.safe_load),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A compiled pipeline."""
+
+    name: str
+    """The pipeline's name."""
+    description: str
+    """What it does."""
+    content: bytes
+    """Its YAML."""
+    parameters: dict[str, dict[str, Any]]
+    """Parameter → its definition in the YAML: parameterType, defaultValue, isOptional."""
+
+    @property
+    def version(self) -> str:
+        """Name of the pipeline version: the same for the same YAML, another one for any other."""
+        return f"{VERSION}-{hashlib.sha256(self.content).hexdigest()[:12]}"
+
+
+def read_package(pipeline: str, cache: bool = True) -> Package:
+    """Read a compiled pipeline.
+
+    Args:
+        pipeline: the name of one in `pipelines/compiled`, or the path of a YAML file.
+        cache: False makes a package whose tasks never take a result from KFP's cache.
+
+    Raises:
+        ValueError: there is no such pipeline, or the file is no compiled pipeline.
+    """
+    path = Path(pipeline) if pipeline.endswith((".yaml", ".yml")) else COMPILED / f"{pipeline}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(found.stem for found in COMPILED.glob("*.yaml")))
+        raise ValueError(f"pipeline must be {names} or an existing YAML file, got {pipeline!r}")
+    content = path.read_bytes()
+    try:
+        spec, *platform = yaml.safe_load_all(content)
+        about = spec["pipelineInfo"]
+        parameters = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+        if not cache:
+            _switch_cache_off(spec)
+            content = yaml.safe_dump_all([spec, *platform]).encode()
+        return Package(name=about["name"], description=about.get("description", ""), content=content, parameters=parameters)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"pipeline must be a compiled KFP v2 pipeline, got {path}") from None
+
+
+def _switch_cache_off(spec: dict[str, Any]) -> None:
+    """Clear the caching options of every task: a run that refers to a version cannot override what was compiled."""
+    for component in (spec["root"], *spec["components"].values()):
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            task["cachingOptions"] = {}
+
+
+def read_parameters(package: Package, params: str, assignments: list[str]) -> dict[str, Any]:
+    """Values for a pipeline's parameters, typed by its definitions and checked by the stages' own rules.
+
+    Args:
+        package: the pipeline.
+        params: a YAML file that maps parameters to values; empty = none.
+        assignments: `name=value` each; they go before the file.
+
+    Returns:
+        Parameter → value, those that were given alone.
+
+    Raises:
+        ValueError: names parameter, rule and value.
+    """
+    given = _read_file(params) if params else {}
+    for assignment in assignments:
+        name, sign, text = assignment.partition("=")
+        if not sign:
+            raise ValueError(f"set must be name=value, got {assignment!r}")
+        given[name] = text
+    for name in given:
+        if name not in package.parameters:
+            raise ValueError(f"{name} must be a parameter of {package.name}, it has {', '.join(sorted(package.parameters))}")
+    values = {name: _typed(name, package.parameters[name], value) for name, value in given.items()}
+    defaults = {}
+    for name, definition in package.parameters.items():
+        if "defaultValue" in definition:
+            defaults[name] = _default(definition)
+        elif not definition.get("isOptional") and name not in values:
+            raise ValueError(f"{name} must be given: {package.name} has no default for it")
+    _check_rules(defaults | values)
+    return values
+
+
+def _read_file(params: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(Path(params).read_bytes())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"params must be a YAML file: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"params must map parameters to values, got {type(found).__name__} in {params}")
+    return found
+
+
+def _typed(name: str, definition: dict[str, Any], value: Any) -> Any:
+    what, classes, parse = TYPES[definition["parameterType"]]
+    wrong = ValueError(f"{name} must be {what}, got {value!r}")
+    if isinstance(value, str):  # a flag, or a number that YAML takes for text, such as 2e-5
+        try:
+            value = parse(value)
+        except (ValueError, KeyError, yaml.YAMLError):
+            raise wrong from None
+    is_other_bool = isinstance(value, bool) and bool not in classes  # to Python a bool is an int
+    if not isinstance(value, classes) or is_other_bool or (isinstance(value, float) and not math.isfinite(value)):
+        raise wrong
+    return value
+
+
+def _default(definition: dict[str, Any]) -> Any:
+    value = definition["defaultValue"]
+    return int(value) if definition["parameterType"] == "NUMBER_INTEGER" else value  # the YAML has 1.0 for 1
+
+
+def _check_rules(values: dict[str, Any]) -> None:
+    """Check by the rules of the stages, if it is a compression pipeline; what lies in the pods alone is left to them."""
+    places = {"model_id", "train_data", "eval_data"}
+    if not places | {"formats"} <= values.keys():
+        return
+    for name in places:
+        if values[name].startswith("/"):
+            values[name] = "owner/name"
+    if values.get("backend") == "deepspeed":  # the package and a file of settings are in the image, not here
+        values |= {"backend": "fsdp", "deepspeed_config": ""}
+    with tempfile.TemporaryDirectory() as folder:
+        check_parameters(values, Path(folder) / "run")

@@ -1,0 +1,172 @@
+"""Recurring runs on a cluster: `python pipelines/schedule.py create --name nightly --cron '0 0 3 * * ?'`.
+
+One run at a time; times that passed while a schedule was paused or a run took longer are not made up for.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from kfp.client import Client
+from simple_parsing import subparsers
+
+from components.core.checks import at_least, given
+from components.core.cli import fail, parse
+from components.core.progress import log
+from pipelines.api import PipelineConfig, ServerConfig, connect, everything, plain_errors, upload
+from pipelines.cron import six_fields
+from pipelines.package import read_package, read_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreateConfig(PipelineConfig):
+    """Upload a pipeline, unless this very version is there already, and run it again and again."""
+
+    name: str
+    """Name of the schedule; must be new."""
+    cron: str = ""
+    """When to run: second minute hour day month weekday, or five fields without the second; in KFP's time zone, UTC."""
+    every: int = 0
+    """When to run: every so many seconds, in place of cron."""
+    start_time: str = ""
+    """No run before, e.g. 2026-12-01T00:00:00Z; empty = now."""
+    end_time: str = ""
+    """No run after; empty = for ever."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given("name", self.name)
+        if bool(self.cron) == bool(self.every):
+            raise ValueError(f"one of cron and every must be given, got cron {self.cron!r} and every {self.every}")
+        if self.cron:
+            six_fields(self.cron)
+        at_least("every", self.every, 0)
+        times = [_time(name, getattr(self, name)) for name in ("start_time", "end_time") if getattr(self, name)]
+        if len(times) == 2 and times[0] >= times[1]:
+            raise ValueError(f"end_time must be after start_time, got {self.end_time}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListConfig(ServerConfig):
+    """List all schedules: id, state, when, name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedConfig(ServerConfig):
+    """One schedule."""
+
+    name: str
+    """Name or id of the schedule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PauseConfig(NamedConfig):
+    """Start no more runs until it is resumed; a run that has begun goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeConfig(NamedConfig):
+    """Start runs again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeleteConfig(NamedConfig):
+    """Delete a schedule; its runs stay."""
+
+
+Command = CreateConfig | ListConfig | PauseConfig | ResumeConfig | DeleteConfig
+COMMANDS = {"create": CreateConfig, "list": ListConfig, "pause": PauseConfig, "resume": ResumeConfig, "delete": DeleteConfig}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Recurring runs."""
+
+    command: Command = subparsers(COMMANDS)  # noqa: RUF009 (it is a field)
+    """What to do; each tells its flags with --help."""
+
+
+def _time(parameter: str, text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = datetime.min
+    if moment.tzinfo is None:
+        raise ValueError(f"{parameter} must be a date and time with Z or an offset, such as 2026-12-01T00:00:00Z, got {text!r}")
+    return moment
+
+
+def create(config: CreateConfig) -> None:
+    """Create a schedule; everything that can be checked here is checked before the first request."""
+    package = read_package(config.pipeline, cache=not config.no_cache)
+    parameters = read_parameters(package, config.params, config.set)
+    cron = six_fields(config.cron) if config.cron else None
+    if cron and len(config.cron.split()) == 5:
+        log(f"cron {config.cron!r} has 5 fields; KFP wants the second first, so it becomes {cron!r}")
+    client = connect(config)
+    if any(schedule.display_name == config.name for schedule in schedules(client, config)):
+        raise ValueError(f"name must be new, got {config.name!r}: delete that schedule first")
+    version = upload(client, package, config.namespace)
+    schedule = client.create_recurring_run(
+        client.create_experiment(config.experiment, namespace=config.namespace or None).experiment_id,
+        config.name,
+        start_time=_time("start_time", config.start_time).isoformat() if config.start_time else None,
+        end_time=_time("end_time", config.end_time).isoformat() if config.end_time else None,
+        cron_expression=cron,
+        interval_second=config.every or None,
+        max_concurrency=1,
+        no_catchup=True,
+        params=parameters,
+        pipeline_id=version.pipeline_id,
+        version_id=version.pipeline_version_id,
+        service_account=config.service_account or None,
+    )
+    log(f"created  {line(schedule)}")
+
+
+def schedules(client: Client, config: ServerConfig) -> Any:
+    """All schedules of the namespace."""
+    return everything(client.list_recurring_runs, "recurring_runs", namespace=config.namespace or client.get_user_namespace())
+
+
+def line(schedule: Any) -> str:
+    """A schedule as one line: id, state, when, name."""
+    cron, period = schedule.trigger.cron_schedule, schedule.trigger.periodic_schedule
+    when = f"cron {cron.cron}" if cron else f"every {period.interval_second} s"
+    return f"{schedule.recurring_run_id}  {schedule.status}  {when}  {schedule.display_name}"
+
+
+def change(config: NamedConfig) -> None:
+    """Pause, resume or delete a schedule."""
+    client = connect(config)
+    found = [each for each in schedules(client, config) if config.name in (each.display_name, each.recurring_run_id)]
+    if len(found) != 1:
+        ids = ", ".join(each.recurring_run_id for each in found) or "none"
+        raise ValueError(f"name must be that of one schedule, or an id, got {config.name!r}: {ids} found")
+    act, done = {
+        PauseConfig: (client.disable_recurring_run, "paused"),
+        ResumeConfig: (client.enable_recurring_run, "resumed"),
+        DeleteConfig: (client.delete_recurring_run, "deleted"),
+    }[type(config)]
+    act(found[0].recurring_run_id)
+    log(f"{done}  {found[0].recurring_run_id}  {found[0].display_name}")
+
+
+def main() -> None:
+    """Read the flags and do what the command says."""
+    config: Command = parse(ScheduleConfig, "Recurring runs on Kubeflow Pipelines.").command
+    try:
+        with plain_errors(config.host):
+            if isinstance(config, CreateConfig):
+                create(config)
+            elif isinstance(config, NamedConfig):
+                change(config)
+            else:
+                for schedule in schedules(connect(config), config):
+                    log(line(schedule))
+    except ValueError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

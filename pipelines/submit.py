@@ -1,0 +1,76 @@
+"""Upload a pipeline to a cluster and start a run: `python pipelines/submit.py --host … --set model_id=…`."""
+
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+
+from components.core.checks import at_least
+from components.core.cli import fail, parse
+from pipelines.api import PipelineConfig, connect, plain_errors, upload
+from pipelines.package import read_package, read_parameters
+from pipelines.watch import problems, wait
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitConfig(PipelineConfig):
+    """Upload a pipeline, unless this very version is there already, and start a run of it."""
+
+    run_name: str = ""
+    """Name of the run; empty = pipeline, date and time."""
+    wait: bool = False
+    """Wait until the run ends; exit code 1 if it does not succeed."""
+    timeout: float = 0.0
+    """Seconds to wait at most; the run goes on afterwards. 0 = no limit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("timeout", self.timeout, 0)
+        if self.timeout and not self.wait:
+            raise ValueError(f"timeout must be 0 without wait, got {self.timeout:g}")
+
+
+def submit(config: SubmitConfig) -> list[str]:
+    """Start the run and wait for it if asked; everything that can be checked here is checked before the first request.
+
+    Returns:
+        Why the run did not succeed; nothing if it did, or if nobody waited.
+
+    Raises:
+        ValueError: a value is wrong, KFP refuses, or the time is up or waiting interrupted.
+    """
+    package = read_package(config.pipeline, cache=not config.no_cache)
+    parameters = read_parameters(package, config.params, config.set)
+    with plain_errors(config.host):
+        client = connect(config)
+        version = upload(client, package, config.namespace)
+        experiment = client.create_experiment(config.experiment, namespace=config.namespace or None)
+        run = client.run_pipeline(  # prints the link
+            experiment.experiment_id,
+            config.run_name or f"{package.name} {datetime.now():%Y-%m-%d %H-%M-%S}",
+            params=parameters,
+            pipeline_id=version.pipeline_id,
+            version_id=version.pipeline_version_id,
+            service_account=config.service_account or None,
+        )
+        if not config.wait:
+            return []
+        try:
+            return problems(wait(client, run.run_id, config.timeout))
+        except KeyboardInterrupt:
+            raise ValueError("waiting was interrupted, the run goes on") from None
+
+
+def main() -> None:
+    """Read the flags, start the run, tell how it ended."""
+    config = parse(SubmitConfig, "Upload a pipeline to Kubeflow Pipelines and start a run.")
+    try:
+        told = submit(config)
+    except ValueError as error:
+        fail(error)
+    for problem in told:
+        print(f"error: {problem}", file=sys.stderr)
+    sys.exit(bool(told))
+
+
+if __name__ == "__main__":
+    main()

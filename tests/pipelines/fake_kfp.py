@@ -1,0 +1,209 @@
+"""The part of the KFP API that the commands use, on loopback: it keeps what it is given and checks every request.
+
+Bodies must be what kfp-server-api's models say, lists come in pages of two, and any login but the right one is refused.
+"""
+
+import email
+import json
+import re
+import sys
+import threading
+from contextlib import contextmanager
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+import kfp_server_api
+import pytest
+from kfp.client import Client
+
+PAGE = 2
+TOKEN = "canary-token-1f0e"
+SCALARS = {"str": (str, int), "int": int, "bool": bool, "datetime": str}  # 64-bit numbers travel as text or as numbers
+
+
+def check(value, kind, where="body"):
+    """Compare JSON with a type of kfp-server-api, down to the last field."""
+    if kind == "object":
+        return
+    if kind in SCALARS:
+        assert isinstance(value, SCALARS[kind]), f"{where} is no {kind}: {value!r}"
+        if kind == "datetime":
+            assert datetime.fromisoformat(value).tzinfo, where
+        return
+    if container := re.fullmatch(r"(list|dict)[\[(](?:str, )?(\w+)[\])]", kind):
+        items = value.items() if container[1] == "dict" else enumerate(value)
+        for key, item in items:
+            check(item, container[2], f"{where}.{key}")
+        return
+    model = getattr(kfp_server_api, kind)
+    if not model.openapi_types:  # an enumeration
+        assert value in model.allowable_values, f"{where} is no {kind}: {value!r}"
+        return
+    fields = {wire: model.openapi_types[name] for name, wire in model.attribute_map.items()}
+    assert not value.keys() - fields.keys(), f"{where} has unknown fields: {value.keys() - fields.keys()}"
+    for name, item in value.items():
+        check(item, fields[name], f"{where}.{name}")
+
+
+class FakeKfp:
+    """State of the server, and what happens next."""
+
+    def __init__(self):
+        self.things = {"pipelines": [], "pipeline_versions": [], "experiments": [], "runs": [], "recurring_runs": []}
+        self.requests = []  # "METHOD path" of each
+        self.namespaces = {}  # "METHOD path" → the namespace it was about
+        self.uploads = []  # the files' bytes
+        self.run_answers = []  # what a look at a run gives, one after another: a state, or an HTTP status
+        self.task_details = []
+        self.headers = None  # of the last request
+        self.refusal = None  # (HTTP status, content type, body) for every request
+        self.lock = threading.Lock()
+
+    def add(self, kind, key, thing):
+        thing[key] = f"{kind}-{len(self.things[kind]) + 1}"
+        self.things[kind].append(thing)
+        return thing
+
+    def page(self, kind, query, **where):
+        """One page of what fits; the token is a place in the list."""
+        found = [thing for thing in self.things[kind] if where.items() <= thing.items()]
+        if "filter" in query:
+            for predicate in json.loads(query["filter"])["predicates"]:
+                found = [thing for thing in found if thing[predicate["key"]] == predicate["stringValue"]]
+        start = int(query.get("page_token") or 0)
+        token = {"next_page_token": str(start + PAGE)} if len(found) > start + PAGE else {}
+        model = f"V2beta1List{kind.title().replace('_', '')}Response"
+        wire = getattr(kfp_server_api, model).attribute_map[kind]  # recurringRuns, but pipeline_versions
+        answer = {wire: found[start : start + PAGE], **token}
+        check(answer, model)
+        return answer
+
+    def answer(self, method, path, query, content, headers):
+        """(HTTP status, JSON) for a request."""
+        self.requests.append(f"{method} {path}")
+        body = json.loads(content) if content and headers["Content-Type"] == "application/json" else {}
+        self.namespaces[self.requests[-1]] = (query | body).get("namespace")
+        match method, *path.split("/"):
+            case "GET", "healthz":
+                return 200, {"multi_user": False}
+            case "POST", "pipelines", "upload_version":
+                form = f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode() + content
+                (part,) = email.message_from_bytes(form).get_payload()
+                assert part.get_param("name", header="Content-Disposition") == "uploadfile"
+                self.uploads.append(part.get_payload(decode=True))
+                version = {"display_name": query["name"], "pipeline_id": query["pipelineid"]}
+                return 200, self.add("pipeline_versions", "pipeline_version_id", version)
+            case "GET", "pipelines":
+                return 200, self.page("pipelines", query)
+            case "POST", "pipelines":
+                check(body, "V2beta1Pipeline")
+                return 200, self.add("pipelines", "pipeline_id", body)
+            case "GET", "pipelines", pipeline, "versions":
+                return 200, self.page("pipeline_versions", query, pipeline_id=pipeline)
+            case "GET", "experiments":
+                return 200, self.page("experiments", query)
+            case "POST", "experiments":
+                check(body, "V2beta1Experiment")
+                return 200, self.add("experiments", "experiment_id", body)
+            case "POST", "runs":
+                check(body, "V2beta1Run")
+                return 200, self.add("runs", "run_id", body)
+            case "GET", "runs", run:
+                said = self.run_answers.pop(0) if len(self.run_answers) > 1 else self.run_answers[0]
+                if isinstance(said, int):
+                    return said, {"message": "not now"}
+                (found,) = [thing for thing in self.things["runs"] if thing["run_id"] == run]
+                return 200, found | {"state": said, "run_details": {"task_details": self.task_details}}
+            case "GET", "recurringruns":
+                return 200, self.page("recurring_runs", query)
+            case "POST", "recurringruns":
+                check(body, "V2beta1RecurringRun")
+                return 200, self.add("recurring_runs", "recurring_run_id", body | {"status": "ENABLED"})
+            case "POST" | "DELETE", "recurringruns", named:
+                identity, _, act = named.partition(":")
+                (found,) = [thing for thing in self.things["recurring_runs"] if thing["recurring_run_id"] == identity]
+                if method == "DELETE":
+                    self.things["recurring_runs"].remove(found)
+                else:
+                    found["status"] = {"enable": "ENABLED", "disable": "DISABLED"}[act]
+                return 200, {}
+        return 404, {"message": f"nothing at {method} {path}"}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Hands each request to the server's `kfp`."""
+
+    def handle_one(self):
+        kfp = self.server.kfp
+        kfp.headers = self.headers
+        parts = urlsplit(self.path)
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        kind = "application/json"
+        if kfp.refusal:
+            status, kind, text = kfp.refusal
+            kfp.requests.append(f"{self.command} {parts.path}")
+        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            status, text = 401, json.dumps({"message": f"no such token: {self.headers.get('Authorization')}"})
+        else:
+            query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+            try:
+                with kfp.lock:
+                    path = parts.path.removeprefix("/apis/v2beta1/")
+                    status, answer = kfp.answer(self.command, path, query, content, self.headers)
+            except AssertionError as error:
+                status, answer = 400, {"message": str(error)}
+            text = json.dumps(answer)
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    do_GET = do_POST = do_DELETE = handle_one  # noqa: N815 (http.server's names)
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@contextmanager
+def serving():
+    """A fake KFP on a free port, with its address in `url`."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.kfp = FakeKfp()
+        server.kfp.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server.kfp
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def kfp(monkeypatch, tmp_path):
+    """A fake KFP that the environment points to and logs in to; nothing of this machine's own settings is used."""
+    for name in ("UI_ENDPOINT", "COOKIES", "SA_TOKEN_PATH", "IAP_OAUTH2_CLIENT_ID"):
+        monkeypatch.delenv(f"KF_PIPELINES_{name}", raising=False)
+    monkeypatch.setattr(Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "no-context.json"))
+    with serving() as server:
+        monkeypatch.setenv("KF_PIPELINES_ENDPOINT", server.url)
+        monkeypatch.setenv("KF_PIPELINES_TOKEN", TOKEN)
+        yield server
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run an entry point in this process: (exit code, standard output, standard error), with no secret in them."""
+
+    def run(main, *flags):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, flags)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        assert TOKEN not in said.out + said.err
+        return code, said.out, said.err
+
+    return run
