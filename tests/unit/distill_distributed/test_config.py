@@ -1,0 +1,101 @@
+"""Settings of a job are checked before anything is handed over."""
+
+import json
+
+import pytest
+
+from components.distill.config import DistillConfig
+from components.distill_distributed.config import DistillDistributedConfig
+from components.distill_distributed.stage import distinct, job_name
+from components.distill_distributed.sweep import SweepConfig
+
+
+@pytest.fixture
+def good(checkpoint, corpus, tmp_path):
+    return {
+        "teacher_model": str(checkpoint),
+        "student_model": str(checkpoint),
+        "mask_file": str(checkpoint),
+        "output_dir": str(tmp_path / "out"),
+        "train_data": str(corpus),
+        "eval_data": str(corpus),
+        "handover": "gs://bucket/handover",
+        "image": "sparse-distill/gpu:0.1.0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"handover": "bucket/handover"}, "handover must be one of gs://"),
+        ({"handover": ""}, "handover must"),
+        ({"image": ""}, "image must"),
+        ({"kind": "mpijob"}, "kind must be one of pytorchjob, trainjob, got 'mpijob'"),
+        ({"backend": "deepspeed"}, "backend must be one of fsdp, got 'deepspeed'"),
+        ({"launcher": "python"}, "launcher must be one of torchrun, got 'python'"),
+        ({"nodes": 0}, "nodes must be at least 1, got 0"),
+        ({"deadline": 0}, "deadline must be at least 1, got 0"),
+        ({"retries": -1}, "retries must be at least 0, got -1"),
+        ({"mix_data": "builtin:python-docs"}, "mix_data must be empty for a job"),
+        ({"queue": "no queue"}, "queue must be the name of a Kubernetes object, got no queue"),
+        ({"service_account": "A"}, "service_account must be the name of a Kubernetes object, got A"),
+        ({"elastic": "2"}, "elastic must be MIN:MAX"),
+        ({"elastic": "3:4"}, "elastic must be MIN:MAX with 1 <= MIN <= nodes = 2 <= MAX, got 3:4"),
+        ({"elastic": "1:2", "kind": "trainjob"}, "elastic must be empty for kind trainjob, got 1:2"),
+        ({"pod": "{"}, "pod must be a JSON object"),
+        ({"pod": "[]"}, r"pod must be a JSON object, got \[\]"),
+        ({"pod": '{"hostNetwork": true}'}, "pod must have settings among affinity, env, .* got hostNetwork"),
+        ({"learning_rate": 0}, "learning_rate must be"),  # a rule of the distill stage
+    ],
+)
+def test_a_wrong_value_is_named(good, changes, said):
+    DistillDistributedConfig(**good)
+    with pytest.raises(ValueError, match=said):
+        DistillDistributedConfig(**good | changes)
+
+
+def test_unset_pod_settings_are_left_out(good):
+    """Outside of a cluster KFP gives None for each of them."""
+    pod = {"env": None, "tolerations": [], "node_selector": {"pool": "a100"}}
+    assert DistillDistributedConfig(**good, pod=json.dumps(pod)).pod_settings() == {"node_selector": {"pool": "a100"}}
+
+
+def test_a_mask_is_handed_over_with_its_folder(good, tmp_path):
+    (tmp_path / "sparsity_mask.safetensors").write_bytes(b"")
+    settings = DistillDistributedConfig(**good | {"mask_file": str(tmp_path / "sparsity_mask.safetensors")})
+    assert settings.inputs()["mask_file"] == str(tmp_path)
+
+
+def test_a_run_without_evaluation_hands_no_evaluation_text_over(good):
+    assert "eval_data" in DistillDistributedConfig(**good).inputs()
+    assert "eval_data" not in DistillDistributedConfig(**good, skip_ppl_eval=True).inputs()
+
+
+def test_what_is_used_twice_is_handed_over_once():
+    assert distinct({"teacher_model": "/a", "train_data": "/t", "eval_data": "/t"}) == {
+        "teacher_model": "teacher_model",
+        "train_data": "train_data",
+        "eval_data": "train_data",
+    }
+
+
+def test_flags_say_the_settings_again(good, tmp_path):
+    settings = {name: value for name, value in good.items() if name not in ("handover", "image")}
+    flags = DistillConfig(**settings, epochs=3).flags(leave_out={"teacher_model"})
+    assert "--epochs=3" in flags
+    assert f"--output_dir={tmp_path / 'out'}" in flags
+    assert not [flag for flag in flags if flag.startswith(("--teacher_model", "--deepspeed_config"))]
+
+
+def test_tries_of_a_task_share_a_name_and_no_others_do():
+    name = job_name("run", "/artifacts/run/task/out")
+    assert name == job_name("run", "/artifacts/run/task/out")
+    assert len({name, job_name("other", "/artifacts/run/task/out"), job_name("run", "/artifacts/run/task2/out")}) == 3
+    assert len(name) < 40  # the operator appends the replica, and a Service's name has 63 characters
+    assert name[0].isalpha()
+
+
+@pytest.mark.parametrize("run_id", ["", "..", "a/b", ".", "-x", "a/../.."])
+def test_a_sweep_never_leaves_the_place_of_its_run(run_id):
+    with pytest.raises(ValueError, match="run_id must be a run's id"):
+        SweepConfig(run_id=run_id, handover="/handover")

@@ -1,0 +1,96 @@
+"""Nodes as real processes on this machine, told their place as an operator would; the handover is a folder."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from components.core import storage
+from components.core.checkpoint import read_history
+from components.core.files import read_json
+from components.core.mask_file import find_mask, fingerprint_of_file
+from tests.conftest import save_pruned
+
+FLAGS = ["--backend=fsdp", "--launcher=torchrun", "--seq_len=32", "--max_steps=2", "--batch_size=1", "--grad_accum_steps=1"]
+FLAGS += ["--global_batch=4", "--skip_ppl_eval=True"]
+INPUTS = {name: name for name in ("teacher_model", "student_model", "mask_file", "train_data")}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("models")
+    save_pruned(folder, corpus)
+    return folder
+
+
+@pytest.fixture
+def place(models, corpus, tmp_path):
+    """A job's place with all inputs handed over."""
+    folders = {"teacher_model": "dense", "student_model": "pruned", "mask_file": "pruned"}
+    for name in INPUTS:
+        storage.upload(models / folders[name] if name in folders else corpus, f"{tmp_path}/place/inputs/{name}")
+    return f"{tmp_path}/place"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(place: str, scratch: Path, rank: int = 0, nodes: int = 1, port: int = 0, flags=FLAGS) -> subprocess.Popen:
+    scratch.mkdir()
+    told = {
+        "PET_NNODES": str(nodes),
+        "PET_NODE_RANK": str(rank),
+        "PET_NPROC_PER_NODE": "1",
+        "PET_MASTER_ADDR": "127.0.0.1",
+        "PET_MASTER_PORT": str(port or free_port()),
+        "TMPDIR": str(scratch),
+    }
+    command = [sys.executable, "-m", "components.distill_distributed.node", "--place", place]
+    command += ["--inputs", json.dumps(INPUTS), "--flags", json.dumps(flags)]
+    return subprocess.Popen(command, env=os.environ | told, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_nodes_train_together_and_one_hands_over(place, models, tmp_path):
+    port = free_port()
+    nodes = [start(place, tmp_path / f"scratch{rank}", rank, 2, port) for rank in (0, 1)]
+    logs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], logs
+    assert ["uploaded" in log for log in logs] == [True, False]
+    storage.download(f"{place}/result", tmp_path / "result")
+    stats = read_json(tmp_path / "result" / "distill_stats.json")
+    assert stats["sparse_integrity_check"]["passed"]
+    assert stats["details"]["inputs"]["mask"] == fingerprint_of_file(find_mask(models / "pruned"))
+    assert stats["parameters"]["grad_accum_steps"] == 2  # 4 blocks of a step over two processes
+    assert [entry["stage"] for entry in read_history(tmp_path / "result")["steps"]][-1] == "distill"
+
+
+def test_a_node_that_comes_too_late_does_nothing(place, models, tmp_path):
+    storage.upload(models / "pruned", f"{place}/result")
+    node = start(place, tmp_path / "scratch")
+    log = node.communicate(timeout=120)[0]
+    assert node.returncode == 0, log
+    assert "the result is there already" in log
+    assert list((tmp_path / "scratch").iterdir()) == []  # it has read no input
+
+
+def test_a_failure_of_the_training_is_that_of_the_node(place, tmp_path):
+    node = start(place, tmp_path / "scratch", flags=[*FLAGS, "--seq_len=1000000"])
+    log = node.communicate(timeout=120)[0]
+    assert node.returncode == 1, log
+    assert "seq_len must be" in log
+    assert not storage.is_complete(f"{place}/result")
+
+
+def test_an_input_that_is_not_whole_stops_a_node(place, tmp_path):
+    Path(place, "inputs", "student_model", storage.COMPLETE).unlink()
+    node = start(place, tmp_path / "scratch")
+    log = node.communicate(timeout=120)[0]
+    assert node.returncode == 2, log
+    assert "is not complete" in log
