@@ -15,7 +15,7 @@ from components.fetch.component import fetch
 from components.prune.component import prune
 from components.prune.config import PruneConfig
 from components.publish.component import publish
-from components.publish.config import PublishConfig
+from components.publish.config import DestinationConfig
 from components.quantize.component import quantize
 from components.quantize.config import FORMATS
 from components.report.component import report
@@ -185,7 +185,7 @@ def finish(p: SimpleNamespace, prepared: Prepared, distilled: PipelineTask) -> O
         models=dsl.Collected(quantized.outputs["model"]),
         summary=reported.outputs["summary"],
         publish_to=p.publish_to,
-        version=p.publish_version,
+        version=p.version,
         max_ppl_ratio=p.max_ppl_ratio,
         min_sparsity=p.min_sparsity,
         registry=p.registry,
@@ -233,12 +233,12 @@ def compress(
     eval_seq_len: int = PruneConfig.eval_seq_len,
     skip_ppl_eval: bool = PruneConfig.skip_ppl_eval,
     trust_remote_code: bool = PruneConfig.trust_remote_code,
-    publish_to: str = "",
-    publish_version: str = PublishConfig.version,
-    max_ppl_ratio: float = PublishConfig.max_ppl_ratio,
-    min_sparsity: float = PublishConfig.min_sparsity,
-    registry: str = PublishConfig.registry,
-    registry_model: str = PublishConfig.registry_model,
+    publish_to: str = DestinationConfig.publish_to,
+    version: str = DestinationConfig.version,
+    max_ppl_ratio: float = DestinationConfig.max_ppl_ratio,
+    min_sparsity: float = DestinationConfig.min_sparsity,
+    registry: str = DestinationConfig.registry,
+    registry_model: str = DestinationConfig.registry_model,
     gpu_type: str = "nvidia.com/gpu",
     prune_gpus: int = 1,
     prune_cpu: str = "4",
@@ -292,7 +292,7 @@ def compress(
         skip_ppl_eval: Measure no perplexity.
         trust_remote_code: Run Python code that comes with the model.
         publish_to: Publish models and report there: gs://, s3:// or minio:// with bucket and prefix; empty = only the gate.
-        publish_version: Name of the published version; empty = from the content.
+        version: Name of the published version; empty = from the content.
         max_ppl_ratio: Refuse to publish if a perplexity is above so many times the dense one; 0 = no limit.
         min_sparsity: Refuse to publish below this sparsity; 0 = no limit.
         registry: Address of a Kubeflow Model Registry to register what is published in; empty = none.

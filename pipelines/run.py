@@ -23,6 +23,7 @@ from components.core.files import check_new, read_json
 from components.distill.config import DistillConfig
 from components.distill_distributed.config import DistillDistributedConfig
 from components.prune.config import PruneConfig
+from components.publish.config import DestinationConfig
 from components.quantize.config import QuantizeConfig
 from components.resolve.config import ResolveConfig
 from components.tokenize.config import TokenizeConfig
@@ -65,6 +66,7 @@ def check_parameters(values: dict[str, Any], run_dir: Path) -> None:
         (TokenizeConfig, {}),
         (PruneConfig, {"mask_file": ""}),
         (DistillDistributedConfig if "handover" in values else DistillConfig, {"teacher_model": values["model_id"]}),
+        (DestinationConfig, {}),
         *((QuantizeConfig, {"format": format}) for format in values["formats"]),
     ):
         names = {entry.name for entry in dataclasses.fields(config_class)}

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling path that replaces `path` when the block ends well, and is removed otherwise."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     try:
         yield scratch
         _open_to_readers(scratch)

@@ -4,7 +4,9 @@ Everything is polled: a connection that drops is a request that is sent again, a
 Answers are plain dictionaries in Kubernetes' own form.
 """
 
+import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,14 @@ from typing import Any
 
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 from urllib3.util import Retry
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 TIMEOUT = (5, 60)  # seconds to connect, and between two bytes of an answer
 BACKOFF_SECONDS = 0.5  # doubled with each of the tries: with 9 of them an API server may be away for four minutes
 TRIES = 9
+TIMED_LINE = re.compile(r"\d{4}-\d\d-\d\dT\S+ ")  # all else in a log is what the kubelet says in its place
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,31 @@ KINDS = {
     "pytorchjob": Kind("kubeflow.org", "v1", "pytorchjobs", "training.kubeflow.org/job-name"),
     "trainjob": Kind("trainer.kubeflow.org", "v1alpha1", "trainjobs", "jobset.sigs.k8s.io/jobset-name"),
 }
+
+
+class ApiError(ValueError):
+    """The API server refused a request; `status` is the HTTP status."""
+
+    def __init__(self, request: str, error: ApiException) -> None:
+        try:
+            reason = json.loads(error.body)["message"]
+        except (ValueError, TypeError, KeyError):  # from a proxy in between, say
+            reason = error.reason
+        super().__init__(f"Kubernetes refused {request}: {error.status}, {reason}")
+        self.status = error.status
+
+
+class Client(client.ApiClient):
+    """The client, whose errors are ours: each fits one line, and is a ValueError or OSError as everywhere else."""
+
+    def request(self, method: str, url: str, *args: Any, **options: Any) -> Any:
+        """Send a request. Raises ApiError if it is refused, OSError if there is no answer after all retries."""
+        try:
+            return super().request(method, url, *args, **options)
+        except ApiException as error:
+            raise ApiError(f"{method} {url}", error) from error
+        except HTTPError as error:
+            raise OSError(f"Kubernetes does not answer: {error}") from error
 
 
 class Cluster:
@@ -72,7 +101,7 @@ class Cluster:
             allowed_methods=None,  # a job is created by name: a second try gets 409 and adopts it
             raise_on_status=False,
         )
-        return cls(client.ApiClient(settings), namespace)
+        return cls(Client(settings), namespace)
 
     def own_pod(self) -> dict[str, Any] | None:
         """The pod that this process runs in; None outside of a cluster."""
@@ -87,7 +116,7 @@ class Cluster:
             return self._plain(
                 self.custom.create_namespaced_custom_object(*self._path(kind), manifest, _request_timeout=TIMEOUT)
             )
-        except ApiException as error:
+        except ApiError as error:
             if error.status == 409:
                 return None
             raise
@@ -96,7 +125,7 @@ class Cluster:
         """A job; None if there is none of this name."""
         try:
             return self._plain(self.custom.get_namespaced_custom_object(*self._path(kind), name, _request_timeout=TIMEOUT))
-        except ApiException as error:
+        except ApiError as error:
             if error.status == 404:
                 return None
             raise
@@ -110,7 +139,7 @@ class Cluster:
         """Delete a job and its pods, if it is there."""
         try:
             self.custom.delete_namespaced_custom_object(*self._path(kind), name, _request_timeout=TIMEOUT)
-        except ApiException as error:
+        except ApiError as error:
             if error.status != 404:
                 raise
 
@@ -123,7 +152,7 @@ class Cluster:
         """The jobs with a label `name=value`; none where the cluster does not know the kind."""
         try:
             found = self.custom.list_namespaced_custom_object(*self._path(kind), label_selector=label, _request_timeout=TIMEOUT)
-        except ApiException as error:
+        except ApiError as error:
             if error.status == 404:
                 return []
             raise
@@ -145,23 +174,29 @@ class Cluster:
             tail: only so many last lines.
             seconds: only lines of so many last seconds.
         """
-        more = {name: value for name, value in (("tail_lines", tail), ("since_seconds", seconds)) if value is not None}
-        try:
-            answer = self.core.read_namespaced_pod_log(
-                pod,
-                self.namespace,
-                container=container,
-                previous=previous,
-                timestamps=True,
-                _preload_content=False,  # the client would decode the bytes to their Python literal
-                _request_timeout=TIMEOUT,
-                **more,
-            )
-        except ApiException as error:
-            if error.status in (400, 404):  # the container has not started, or the pod is gone
-                return []
-            raise
-        return str(answer.data.decode("utf-8", errors="replace")).splitlines()
+        options = {name: value for name, value in (("tail_lines", tail), ("since_seconds", seconds)) if value is not None}
+        for _ in range(TRIES):
+            try:
+                answer = self.core.read_namespaced_pod_log(
+                    pod,
+                    self.namespace,
+                    container=container,
+                    previous=previous,
+                    timestamps=True,
+                    _preload_content=False,  # the client would decode the bytes to their Python literal
+                    _request_timeout=TIMEOUT,
+                    **options,
+                )
+                lines = answer.data.decode("utf-8", errors="replace").split("\n")  # a carriage return ends no line
+            except ApiError as error:
+                if error.status in (400, 404):  # the container has not started, or the pod is gone
+                    return []
+                raise
+            except (ProtocolError, ReadTimeoutError):  # halfway through the answer, which the client leaves to its caller
+                time.sleep(BACKOFF_SECONDS)
+            else:
+                return [line for line in lines if TIMED_LINE.match(line)]
+        raise OSError(f"the log of {pod} broke off {TRIES} times")
 
     def events_of(self, name: str) -> list[dict[str, Any]]:
         """Events about an object, oldest first."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core import storage
-from components.core.files import check_new, new_file
+from components.core.files import new_file
 from components.core.mask_file import find_mask, fingerprint_of_file
 from components.core.progress import log
 from components.core.record import StageRecord
@@ -41,7 +41,6 @@ def run(config: DistillDistributedConfig) -> StageRecord:
             raise ValueError(f"{parameter} must be a folder for a job, got {path}")
     mask = fingerprint_of_file(find_mask(config.mask_file))
     job_file = Path(config.job_file or f"{config.output_dir}.job.yaml")
-    check_new("job_file", job_file)
     storage.check_writable("handover", config.handover)
     cluster = Cluster.connect()
     pod = cluster.own_pod()

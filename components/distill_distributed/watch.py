@@ -131,10 +131,9 @@ class Watcher:
         container = leader["spec"]["containers"][0]["name"]
         for line in self.cluster.log(name, container, False, seconds=int(now - self.log_read) + 30 if shown else None):
             stamp = line.partition(" ")[0]
-            if stamp > shown:
-                shown = stamp
+            if stamp > shown:  # lines may share a time
                 log(f"  {name}| {without_time(line)}")
-        self.shown_until[leader["metadata"]["uid"]] = shown
+                self.shown_until[leader["metadata"]["uid"]] = stamp
         self.log_read = now
 
     def _check_patience(self, job: dict[str, Any], pods: list[dict[str, Any]]) -> None:

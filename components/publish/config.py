@@ -12,15 +12,12 @@ REPORT_FILES = ("report.html", "summary.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishConfig:
-    """Upload models and their report as one immutable version, and point `latest.json` at it; the gate comes first."""
+class DestinationConfig:
+    """Where to publish, and what a model must hold to be published."""
 
-    models: list[str]
-    """Checkpoints to publish, folders with a compression.json."""
-    summary_dir: str
-    """Folder of the report stage: report.html, summary.json."""
-    publish_to: str
-    """Place that holds the versions: gs://, s3:// or minio:// with bucket and prefix, or an absolute folder."""
+    publish_to: str = ""
+    """Place that holds the versions: gs://, s3:// or minio:// with bucket and prefix, or an absolute folder; empty = publish
+    nothing, only hold the gate."""
     version: str = ""
     """Name of the version; empty = from the content, so that the same models are recognised."""
     max_ppl_ratio: float = 0.0
@@ -33,17 +30,8 @@ class PublishConfig:
     """Name of the model in the registry."""
 
     def __post_init__(self) -> None:
-        if not self.models:
-            raise ValueError(f"models must name at least one checkpoint, got {self.models}")
-        for model in self.models:
-            if not (Path(model) / HISTORY_FILE).is_file():
-                raise ValueError(f"models must be folders with a {HISTORY_FILE}, got {model!r}")
-            if not any(Path(model).glob("*.safetensors")):
-                raise ValueError(f"models must hold safetensors weights, got {model!r}")
-        for file in REPORT_FILES:
-            if not (Path(self.summary_dir) / file).is_file():
-                raise ValueError(f"summary_dir must be a folder with a {file}, got {self.summary_dir!r}")
-        check_place("publish_to", self.publish_to)
+        if self.publish_to:
+            check_place("publish_to", self.publish_to)
         if self.version and not is_version(self.version):
             raise ValueError(f"version must be letters, digits, '.', '_' and '-', and not latest.json, got {self.version!r}")
         at_least("max_ppl_ratio", self.max_ppl_ratio, 0)
@@ -55,6 +43,29 @@ class PublishConfig:
             given("registry_model", self.registry_model)
         elif self.registry_model:
             raise ValueError(f"registry must be given for a registry_model, got {self.registry!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishConfig(DestinationConfig):
+    """Upload models and their report as one immutable version, and point `latest.json` at it; the gate comes first."""
+
+    models: list[str]
+    """Checkpoints to publish, folders with a compression.json."""
+    summary_dir: str
+    """Folder of the report stage: report.html, summary.json."""
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError(f"models must name at least one checkpoint, got {self.models}")
+        for model in self.models:
+            if not (Path(model) / HISTORY_FILE).is_file():
+                raise ValueError(f"models must be folders with a {HISTORY_FILE}, got {model!r}")
+            if not any(Path(model).glob("*.safetensors")):
+                raise ValueError(f"models must hold safetensors weights, got {model!r}")
+        for file in REPORT_FILES:
+            if not (Path(self.summary_dir) / file).is_file():
+                raise ValueError(f"summary_dir must be a folder with a {file}, got {self.summary_dir!r}")
+        super().__post_init__()
 
 
 def is_version(name: str) -> bool:

@@ -41,9 +41,17 @@ def run(config: PublishConfig) -> StageRecord:
     candidates = [read_candidate(folder) for folder in config.models]
     folders = named_folders(candidates, Path(config.summary_dir))
     check_gate(candidates, config.max_ppl_ratio, config.min_sparsity)
+    version = place = ""
+    if config.publish_to:
+        version, place = publish(config, candidates, folders)
+    log(f"published {', '.join(folders)}: {place}" if place else "the gate holds; there is nowhere to publish to")
+    return StageRecord("publish", asdict(config), measure(version, place, candidates) | watch.read(), versions=versions())
+
+
+def publish(config: PublishConfig, candidates: list[Candidate], folders: dict[str, Path]) -> tuple[str, str]:
+    """Upload models that have passed the gate, register them, move the pointer; returns the version and its place."""
     check_writable("publish_to", config.publish_to)
     registry = Registry(config.registry, config.registry_model) if config.registry else None
-
     digest = fingerprint(folders)
     version = config.version or digest[:12]
     place = f"{config.publish_to}/{version}"
@@ -56,8 +64,7 @@ def run(config: PublishConfig) -> StageRecord:
         for candidate in candidates:
             registry.register(f"{version}-{candidate.name}", f"{place}/{candidate.name}", known(candidate))
     write_bytes(f"{config.publish_to}/{LATEST_FILE}", read_bytes(f"{place}/{VERSION_FILE}"))
-    log(f"published {', '.join(folders)}: {place}")
-    return StageRecord("publish", asdict(config), measure(version, place, candidates) | watch.read(), versions=versions())
+    return version, place
 
 
 def named_folders(candidates: list[Candidate], summary_dir: Path) -> dict[str, Path]:

@@ -137,7 +137,7 @@ def test_a_file_that_is_no_pipeline_is_refused(kfp, command, tmp_path, text):
 
 
 def test_a_yaml_of_two_documents_and_a_parameter_without_default(kfp, command, tmp_path):
-    spec = yaml.safe_load(GOLDEN.read_text())
+    spec = next(yaml.safe_load_all(GOLDEN.read_text()))
     spec["pipelineInfo"]["name"] = "other"
     spec["root"]["inputDefinitions"]["parameters"] = {"text": {"parameterType": "STRING"}}
     path = tmp_path / "other.yaml"
@@ -153,7 +153,7 @@ def test_without_cache_every_task_of_every_level_computes_anew(kfp, command):
     for _ in range(2):
         assert command(main, "--no_cache")[0] == 0
     command(main)
-    without, usual = (yaml.safe_load(upload) for upload in kfp.uploads)
+    without, usual = (next(yaml.safe_load_all(upload)) for upload in kfp.uploads)
 
     def cached(spec):
         levels = [spec["root"], *spec["components"].values()]

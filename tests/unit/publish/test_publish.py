@@ -194,3 +194,11 @@ def test_a_place_in_use_by_something_else_is_left_alone(settings, tmp_path):
     with pytest.raises(ValueError, match="version must not be used by something else"):
         publish(settings, version="v1")
     assert content(tmp_path / "models") == before
+
+
+def test_with_nowhere_to_publish_to_only_the_gate_is_held(settings, tmp_path):
+    record = run(PublishConfig(**settings | {"publish_to": "", "max_ppl_ratio": 1e6}))
+    assert record.measured["place"] == ""
+    assert not (tmp_path / "models").exists()
+    with pytest.raises(ValueError, match="max_ppl_ratio"):
+        run(PublishConfig(**settings | {"publish_to": "", "max_ppl_ratio": 1e-6}))
