@@ -1,6 +1,8 @@
 """The golden YAML is what the code compiles to, and it promises what the code does."""
 
 import inspect
+import re
+import sys
 
 import pytest
 import yaml
@@ -20,13 +22,30 @@ def spec(request):
     return next(iter(yaml.safe_load_all((compile_module.COMPILED / f"{request.param}.yaml").read_text())))
 
 
-def test_compiling_gives_the_golden_file_byte_for_byte(tmp_path, monkeypatch):
-    golden = compile_module.COMPILED
-    monkeypatch.setattr(compile_module, "COMPILED", tmp_path)
+def compile_to(folder, monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["compile.py", "--output_dir", str(folder), *flags])
     compile_module.main()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in golden.iterdir())
-    for path in tmp_path.iterdir():
-        assert path.read_bytes() == (golden / path.name).read_bytes(), path.name
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_compiling_gives_the_golden_files_byte_for_byte(tmp_path, monkeypatch):
+    golden = {path.name: path.read_text() for path in compile_module.COMPILED.iterdir()}
+    assert set(golden) == {"compress.yaml", "compress-distributed.yaml"}
+    assert compile_to(tmp_path, monkeypatch) == golden
+
+
+def test_a_registry_stands_before_every_image(tmp_path, monkeypatch):
+    for name, text in compile_to(tmp_path, monkeypatch, "--registry", "ghcr.io/team/").items():
+        assert set(re.findall(r"([\w./-]*)sparse-distill/(?:cpu|gpu|launcher):", text)) == {"ghcr.io/team/"}, name
+
+
+def test_a_volume_takes_the_place_of_the_bucket(tmp_path, monkeypatch):
+    text = compile_to(tmp_path, monkeypatch, "--handover_claim", "models")["compress-distributed.yaml"]
+    spec, platform = yaml.safe_load_all(text)
+    assert spec["root"]["inputDefinitions"]["parameters"]["handover"]["defaultValue"] == "/handover"
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    mounts = {name: entry["pvcMount"][0]["mountPath"] for name, entry in executors.items() if "pvcMount" in entry}
+    assert mounts == {"exec-distill-distributed": "/handover", "exec-sweep-jobs": "/handover"}
 
 
 def test_every_parameter_is_described(spec):
