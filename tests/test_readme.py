@@ -11,6 +11,8 @@ from components.evaluate.config import EvaluateConfig
 from components.fetch.config import FetchConfig
 from components.prune.config import PruneConfig
 from components.quantize.config import QuantizeConfig
+from pipelines.cron import six_fields
+from pipelines.package import read_package, read_parameters
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 STAGES = {
@@ -45,3 +47,19 @@ def test_the_make_targets_are_there():
     assert {"demo", "test"} <= set(targets)
     for target in targets:
         assert f"\n{target}:" in makefile, target
+
+
+def test_the_runs_that_are_submitted_are_accepted():
+    commands = [part.replace("\\\n", " ") for part in re.findall(r"pipelines/submit\.py ((?:.*\\\n)*.*)", README)]
+    assert len(commands) == 2
+    for command in commands:
+        name = re.search(r"--pipeline \S*/([\w-]+)\.yaml", command)[1]
+        assignments = [word for word in command.partition("--set ")[2].split("#")[0].split() if "=" in word]
+        assert len(read_parameters(read_package(name), "", assignments)) == len(assignments) > 0
+
+
+def test_manifests_and_schedules_are_named_as_they_are():
+    for overlay in re.findall(r"kubectl apply -k (\S+)", README):
+        assert (Path(__file__).parents[1] / overlay / "kustomization.yaml").is_file()
+    for cron in re.findall(r"--cron '([^']+)'", README):
+        assert six_fields(cron) == cron
