@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+IMAGES ?= cpu gpu launcher
+VERSION = $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' components/images.py)
 
-.PHONY: demo test lint format compile clean
+.PHONY: demo test lint format compile images clean
 
 demo: $(READY)  ## compress a real 135 M parameter model on this machine, without a network
 	$(BIN)/python pipelines/run.py --model_id builtin:smollm2-135m --train_data builtin:python-docs \
@@ -24,6 +26,14 @@ format: $(READY)  ## mend style
 
 compile: $(READY)  ## rewrite pipelines/compiled/*.yaml
 	$(BIN)/python pipelines/compile.py
+
+images:  ## build the container images (IMAGES picks some of them); DOCKER_FLAGS goes to docker build
+	for image in $(IMAGES); do \
+		DOCKER_BUILDKIT=1 docker build $(DOCKER_FLAGS) --file docker/Dockerfile --target $$image \
+			--label org.opencontainers.image.version=$(VERSION) \
+			--label org.opencontainers.image.revision=$$(git rev-parse HEAD) \
+			--tag sparse-distill/$$image:$(VERSION) . || exit 1; \
+	done
 
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from components.core.files import new_file
 
 WORKERS = 8  # transfers at once
-CHUNK = 32 * 2**20  # larger files travel in pieces of this many bytes; WORKERS of them are in memory at once
+CHUNK = 16 * 2**20  # bytes of a piece of a large file; WORKERS of them are in memory at once
 
 
 class Held(NamedTuple):
@@ -41,9 +41,9 @@ class Store(Protocol):
         """Delete objects."""
 
 
-def split(sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
-    """Names of the files that travel whole, and of those that travel in pieces, by their sizes in bytes."""
-    return [name for name in sizes if sizes[name] <= CHUNK], [name for name in sizes if sizes[name] > CHUNK]
+def split(sizes: Mapping[str, int], limit: int = CHUNK) -> tuple[list[str], list[str]]:
+    """Names of the files of up to `limit` bytes, which travel whole, and of the others, which travel in pieces."""
+    return [name for name in sizes if sizes[name] <= limit], [name for name in sizes if sizes[name] > limit]
 
 
 class FolderStore:
@@ -80,7 +80,7 @@ class FolderStore:
         """See `Store`; folders that this empties go too."""
         paths = [self.root / name for name in names]
         for path in paths:
-            path.unlink()
+            path.unlink(missing_ok=True)
         for folder in sorted({folder for path in paths for folder in path.parents}, reverse=True):
             if folder.is_relative_to(self.root) and not any(folder.iterdir()):
                 folder.rmdir()

@@ -1,8 +1,8 @@
 """Objects in Google Cloud Storage, moved by the transfer manager of google-cloud-storage.
 
-Files of up to `CHUNK` bytes travel whole, many at once; larger ones in pieces, several pieces at once (XML multipart upload,
-ranged reads). Threads, not processes: a piece is one call into the socket, which lets other threads run, and forking a
-process that holds a training framework may hang. Every request has the library's time limit and retries (60 s, 120 s).
+Small files travel whole, many at once; large ones in pieces, several pieces at once (XML multipart upload, ranged reads).
+Threads, not processes: nearly all of the work is done in calls that let other threads run, and forking a process that holds a
+training framework may hang. Every request has the library's time limit and retries (60 s, 120 s).
 An upload that is killed midway may leave pieces that the bucket does not list: a lifecycle rule
 (`AbortIncompleteMultipartUpload`) removes them.
 """
@@ -19,6 +19,8 @@ from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from google.cloud.storage.retry import DEFAULT_RETRY
 
 from components.core.storage_base import CHUNK, WORKERS, Held, split
+
+LARGE_UPLOAD = 256 * 2**20  # bytes; files up to this are sent whole, as they are read: pieces cost a copy in memory
 
 
 def open_store(_: str, bucket: str, prefix: str) -> "GcsStore":
@@ -43,7 +45,7 @@ class GcsStore:
 
     def put(self, files: Mapping[str, Path]) -> None:
         """See `Store`."""
-        small, large = split({name: path.stat().st_size for name, path in files.items()})
+        small, large = split({name: path.stat().st_size for name, path in files.items()}, LARGE_UPLOAD)
         with self._one_line():
             transfer_manager.upload_many(
                 [(str(files[name]), self._blob(name)) for name in small],
@@ -115,7 +117,7 @@ class GcsStore:
         try:
             yield
         except api.NotFound as error:
-            raise ValueError(f"{self.place} must lie in a bucket that exists: {error.message}") from error
+            raise ValueError(f"{self.place} must lie in a bucket that exists") from error
         except GoogleAuthError as error:
             raise ValueError(f"{self.place} needs Google credentials: {error}") from error
         except (api.GoogleAPIError, InvalidResponse, DataCorruption) as error:

@@ -1,7 +1,7 @@
 """Objects in S3 or in a store that speaks its protocol, such as MinIO, moved by s3fs.
 
-Files of up to `CHUNK` bytes travel whole, many at once; larger ones in pieces, several pieces at once (multipart upload,
-ranged reads). Every request has the time limits and retries of botocore, and s3fs tries a failed one again.
+Small files travel whole, many at once; large ones in pieces, several pieces at once (multipart upload, ranged reads). Every
+request has the time limits and retries of botocore, and s3fs tries a failed one again.
 """
 
 import contextlib
@@ -34,8 +34,7 @@ class S3Store:
         self.files = s3fs.S3FileSystem(
             endpoint_url=endpoint,
             config_kwargs={"retries": {"mode": "standard", "max_attempts": 5}},
-            use_listings_cache=False,
-            skip_instance_cache=True,
+            use_listings_cache=False,  # others write there too
         )
 
     def list(self) -> dict[str, Held]:
@@ -99,7 +98,7 @@ class S3Store:
         except FileNotFoundError as error:
             cause = error.__cause__
             if isinstance(cause, ClientError) and cause.response["Error"]["Code"] == "NoSuchBucket":
-                raise ValueError(f"{self.place} must lie in a bucket that exists: {error}") from error
+                raise ValueError(f"{self.place} must lie in a bucket that exists") from error
             raise
         except NoCredentialsError as error:
             raise ValueError(f"{self.place} needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a role: {error}") from error

@@ -21,6 +21,7 @@ NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 TIMEOUT = (5, 60)  # seconds to connect, and between two bytes of an answer
 BACKOFF_SECONDS = 0.5  # doubled with each of the tries: with 9 of them an API server may be away for four minutes
 TRIES = 9
+GONE_PATIENCE = 300.0  # seconds in which a deleted job must be gone
 TIMED_LINE = re.compile(r"\d{4}-\d\d-\d\dT\S+ ")  # all else in a log is what the kubelet says in its place
 
 
@@ -144,8 +145,15 @@ class Cluster:
                 raise
 
     def wait_until_gone(self, kind: str, name: str) -> None:
-        """Wait until a deleted job is gone, finalizers and all."""
+        """Wait until a deleted job is gone, finalizers and all.
+
+        Raises:
+            ValueError: it does not go.
+        """
+        start = time.monotonic()
         while self.read_job(kind, name) is not None:
+            if time.monotonic() - start > GONE_PATIENCE:
+                raise ValueError(f"job {name} is deleted but still there after {GONE_PATIENCE:.0f} s: see its finalizers")
             time.sleep(1)
 
     def list_jobs(self, kind: str, label: str) -> list[dict[str, Any]]:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from components.core import storage
-from components.core.files import new_file
+from components.core.files import new_file, sample_fingerprint
 from components.core.mask_file import find_mask, fingerprint_of_file
 from components.core.progress import log
 from components.core.record import StageRecord
 from components.distill_distributed.cluster import Cluster
 from components.distill_distributed.config import DistillDistributedConfig
 from components.distill_distributed.job import MANAGED_BY, RENDERERS, RUN_LABEL, JobSpec, as_yaml
-from components.distill_distributed.watch import JobError, Watcher
+from components.distill_distributed.watch import GivenUpError, JobError, Watcher
 
 KFP_RUN_LABEL = "pipeline/runid"
 # paths, and what a job decides otherwise
@@ -45,7 +45,7 @@ def run(config: DistillDistributedConfig) -> StageRecord:
     cluster = Cluster.connect()
     pod = cluster.own_pod()
     run_id = (pod or {"metadata": {}})["metadata"].get("labels", {}).get(KFP_RUN_LABEL, "none")
-    name = job_name(run_id, config.output_dir)
+    name = job_name(run_id, config)
     place = f"{config.handover.rstrip('/')}/{run_id}/{name}"
     manifest = RENDERERS[config.kind](make_spec(config, cluster.namespace, run_id, name, place, pod))
     with new_file(job_file) as scratch:
@@ -58,12 +58,26 @@ def run(config: DistillDistributedConfig) -> StageRecord:
         submit(cluster, config.kind, manifest)
         fewest = config.node_range()
         Watcher(cluster, config.kind, name, fewest[0] if fewest else config.nodes, config.deadline).follow()
-    return collect(f"{place}/result", Path(config.output_dir), name, mask)
+    record = collect(f"{place}/result", Path(config.output_dir), name, mask)
+    for used in ("inputs", "checkpoints"):  # the result stays for a launcher that comes back, until the run is swept
+        storage.remove(f"{place}/{used}")
+    return record
 
 
-def job_name(run_id: str, output_dir: str) -> str:
-    """A name that every try of one task shares and no other task has: KFP gives each task of each run its own output."""
-    return f"distill-{hashlib.sha256(f'{run_id} {Path(output_dir).absolute()}'.encode()).hexdigest()[:12]}"
+def job_name(run_id: str, config: DistillDistributedConfig) -> str:
+    """A name that every try of one task shares and no other task has.
+
+    KFP gives each task of each run its own output; from a shell other settings or inputs must not find an earlier result.
+    """
+    inputs = {name: sample_fingerprint(files_under(Path(path))) for name, path in config.inputs().items()}
+    settings = [*config.flags(leave_out=NOT_FOR_NODES), global_batch(config)]
+    task = json.dumps([run_id, str(Path(config.output_dir).absolute()), settings, inputs])
+    return f"distill-{hashlib.sha256(task.encode()).hexdigest()[:12]}"
+
+
+def files_under(folder: Path) -> list[Path]:
+    """All files of a folder, in the order of their names."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def distinct(inputs: dict[str, str]) -> dict[str, str]:
@@ -79,7 +93,7 @@ def make_spec(
     in_folder = Path(config.handover).is_absolute()
     checkpoints = config.checkpoint_dir or (f"{place}/checkpoints" if in_folder else "")
     flags = config.flags(leave_out=NOT_FOR_NODES)
-    flags += [f"--global_batch={config.global_batch or global_batch(config)}"]
+    flags += [f"--global_batch={global_batch(config)}"]
     flags += [f"--checkpoint_dir={checkpoints}"] if checkpoints else []
     command = ["python", "-m", "components.distill_distributed.node", "--place", place]
     command += ["--inputs", json.dumps(distinct(config.inputs())), "--flags", json.dumps(flags)]
@@ -104,7 +118,7 @@ def make_spec(
 
 def global_batch(config: DistillDistributedConfig) -> int:
     """Training blocks of a step over all processes, which stays when an elastic job loses a node."""
-    return config.batch_size * config.grad_accum_steps * config.nodes * config.nproc_per_node
+    return config.global_batch or config.batch_size * config.grad_accum_steps * config.nodes * config.nproc_per_node
 
 
 def owner_reference(pod: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +128,10 @@ def owner_reference(pod: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def ended_with_this_process(cluster: Cluster, kind: str, name: str) -> Iterator[None]:
-    """Delete the job when this process is asked to end; a failed or lost one is left for people, and for the next try."""
+    """Delete the job when this process is asked to end or gives it up.
+
+    One that has failed is left for people to look at; one that is lost with its API server, for the next try.
+    """
 
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
@@ -122,9 +139,9 @@ def ended_with_this_process(cluster: Cluster, kind: str, name: str) -> Iterator[
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
-    except (SystemExit, KeyboardInterrupt):
+    except (SystemExit, KeyboardInterrupt, GivenUpError) as reason:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the deletion
-        log(f"asked to end: deleting job {name}")
+        log(f"deleting job {name}: {'given up' if isinstance(reason, GivenUpError) else 'asked to end'}")
         cluster.delete_job(kind, name)
         raise
     finally:

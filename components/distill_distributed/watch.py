@@ -24,6 +24,10 @@ class JobError(ValueError):
     """The job failed, or went away."""
 
 
+class GivenUpError(JobError):
+    """The job has not ended, and will not end well."""
+
+
 @dataclass
 class Watcher:
     """Follows one job.
@@ -137,17 +141,17 @@ class Watcher:
         self.log_read = now
 
     def _check_patience(self, job: dict[str, Any], pods: list[dict[str, Any]]) -> None:
-        """Give up on what cannot end well by itself. Raises JobError."""
+        """Give up on what cannot end well by itself. Raises GivenUpError."""
         now = time.monotonic()
         if not pods and not job.get("status", {}).get("conditions") and now - self.since["submitted"] > NO_STATUS_PATIENCE:
-            raise JobError(f"job {self.name} has no status: is the operator for kind {self.kind} installed?")
+            raise GivenUpError(f"job {self.name} has no status: is the operator for kind {self.kind} installed?")
         faults = [reason for pod in pods if (reason := waiting_for(pod)).partition(":")[0] in IMAGE_FAULTS]
         if not faults:
             self.since.pop("image fault", None)
         elif now - self.since.setdefault("image fault", now) > IMAGE_PATIENCE:
-            raise JobError(f"job {self.name}: the image could not be pulled for {IMAGE_PATIENCE:.0f} s, {faults[0]}")
+            raise GivenUpError(f"job {self.name}: the image could not be pulled for {IMAGE_PATIENCE:.0f} s, {faults[0]}")
         if "running" in self.since and now - self.since["running"] > self.deadline + GRACE_SECONDS:
-            raise JobError(f"job {self.name} still runs after its deadline of {self.deadline:.0f} s: no operator ended it")
+            raise GivenUpError(f"job {self.name} still runs after its deadline of {self.deadline:.0f} s: no operator ended it")
 
     def _account(self, failed: dict[str, Any], pods: list[dict[str, Any]]) -> str:
         """Why the job failed, in one line; prints the events that warn."""

@@ -41,8 +41,8 @@ class FakeApi(KubernetesEmulator):
     """State of the server, and what happens next.
 
     Attributes:
-        faults: what goes wrong, [method, pattern of the path, fault, how often]: a fault is a status to answer with, the seconds
-            by which an answer is late, "reset" (no answer, though the request was carried out) or "half" (of an answer).
+        faults: what goes wrong, [method, pattern of the path, fault, how often]: a fault is a status to answer with, the
+            seconds by which an answer is late, "reset" (no answer, though the request was carried out) or "half" (of one).
         story: goes on by one step before each answer about a job.
         lines: (pod, whether of the container's last run) → (time, line) of the log.
         instead_of_logs: what the kubelet says where it finds no log, as it does, with status 200.
@@ -74,7 +74,11 @@ class FakeApi(KubernetesEmulator):
         if isinstance(kind, float):
             await asyncio.sleep(kind)
         if raw.method == "GET" and re.search("/(pytorchjobs|trainjobs)/", raw.path):
-            next(self.story, None)
+            try:
+                next(self.story, None)
+            except Exception:  # the test is wrong: without a job it ends
+                self.objects.clear()
+                raise
         answer = await super().__call__(raw)
         if kind == "reset":
             raw.transport.abort()
@@ -120,9 +124,7 @@ class FakeApi(KubernetesEmulator):
     def jobs(self, kind="pytorchjob"):
         """All jobs that there are."""
         return {
-            key: thing
-            for key, thing in self.objects.items()
-            if key[0] == self.resource(RESOURCES[kind]) and not thing.deleted
+            key: thing for key, thing in self.objects.items() if key[0] == self.resource(RESOURCES[kind]) and not thing.deleted
         }
 
     def add_job(self, name="distill-1", kind="pytorchjob", **metadata):
@@ -130,11 +132,12 @@ class FakeApi(KubernetesEmulator):
         self.objects[RESOURCES[kind], NAMESPACE, name] = {"metadata": {"name": name, "namespace": NAMESPACE, **metadata}}
 
     def state(self, *types, kind="pytorchjob", reason="", message=""):
-        """What the operator says of the job: conditions, the last of them with reason and message."""
-        conditions = [{"type": each, "status": "True", "reason": each, "message": ""} for each in types]
-        if conditions:
-            conditions[-1] |= {"reason": reason or types[-1], "message": message}
+        """What the operator says of the job: conditions, the last with reason and message; earlier ones become false."""
         (thing,) = self.jobs(kind).values()
+        earlier = [entry["type"] for entry in thing.get("status", {}).get("conditions", []) if entry["type"] not in types]
+        conditions = [{"type": each, "status": "False", "reason": each, "message": ""} for each in earlier]
+        conditions += [{"type": each, "status": "True", "reason": each, "message": ""} for each in types]
+        conditions[-1] |= {"reason": reason or types[-1], "message": message}
         thing.patch({"status": {"conditions": conditions}})
 
     def pod(self, name, phase="Running", kind="pytorchjob", unschedulable="", restarts=0, **states):

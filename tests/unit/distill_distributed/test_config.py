@@ -87,10 +87,11 @@ def test_flags_say_the_settings_again(good, tmp_path):
     assert not [flag for flag in flags if flag.startswith(("--teacher_model", "--deepspeed_config"))]
 
 
-def test_tries_of_a_task_share_a_name_and_no_others_do():
-    name = job_name("run", "/artifacts/run/task/out")
-    assert name == job_name("run", "/artifacts/run/task/out")
-    assert len({name, job_name("other", "/artifacts/run/task/out"), job_name("run", "/artifacts/run/task2/out")}) == 3
+def test_tries_of_a_task_share_a_name_and_no_others_do(good, tmp_path):
+    first, second = (DistillDistributedConfig(**good | {"output_dir": str(tmp_path / task / "out")}) for task in ("a", "b"))
+    name = job_name("run", first)
+    assert name == job_name("run", first)
+    assert len({name, job_name("other", first), job_name("run", second)}) == 3
     assert len(name) < 40  # the operator appends the replica, and a Service's name has 63 characters
     assert name[0].isalpha()
 
