@@ -66,8 +66,8 @@ def test_every_package_has_the_version_of_the_constraints(run):
     assert installed == {name: pinned.get(name) for name in installed}
 
 
-def test_nothing_can_be_installed_or_compiled_in_it(image, run):
-    tools = ["pip", "make", "cmake"] + ["cc", "gcc", "g++"] * (kind(image) != "gpu")
+def test_its_environment_has_no_pip_and_it_no_compiler(image, run):
+    tools = ["make", "cmake"] + ["cc", "gcc", "g++"] * (kind(image) != "gpu")
     assert run("sh", "-c", f"for tool in {' '.join(tools)}; do command -v $tool; done; echo none else") == "none else"
     code = "from importlib.util import find_spec; print(find_spec('pip'))"
     assert run("python3", "-c", code) == "None"
