@@ -24,8 +24,11 @@ from components.tokenize.component import tokenize
 from components.tokenize.config import TokenizeConfig
 
 MODEL_ID = "Qwen/Qwen3-0.6B"
-# KFP's own object store keeps its credentials in this secret; without it the pods' own identity is used
-STORE_SECRET, STORE_KEYS = "mlpipeline-minio-artifact", {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
+# secret → its keys as variables, where there is one: that of KFP's own object store, and one for s3:// where pods have no role
+STORE_SECRETS = {
+    "mlpipeline-minio-artifact": {"accesskey": "MINIO_ACCESS_KEY", "secretkey": "MINIO_SECRET_KEY"},
+    "sparse-distill-s3": {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"},
+}
 
 
 def sized(task: PipelineTask, cpu: str, memory: str) -> PipelineTask:
@@ -40,8 +43,15 @@ def on_gpu(task: PipelineTask, gpu_type: str, gpus: int, cpu: str, memory: str) 
 
 
 def with_store_secret(task: PipelineTask) -> PipelineTask:
-    """Give a task the credentials of KFP's object store, where there are any."""
-    return kubernetes.use_secret_as_env(task, secret_name=STORE_SECRET, secret_key_to_env=STORE_KEYS, optional=True)
+    """Give a task the credentials of the object stores, where there are any."""
+    for name, keys in STORE_SECRETS.items():
+        kubernetes.use_secret_as_env(task, secret_name=name, secret_key_to_env=keys, optional=True)
+    return task
+
+
+def with_hub_secret(task: PipelineTask) -> PipelineTask:
+    """Give a task the token for gated and private models, where there is one."""
+    return kubernetes.use_secret_as_env(task, secret_name="hf-token", secret_key_to_env={"token": "HF_TOKEN"}, optional=True)
 
 
 class Quantized(NamedTuple):
@@ -149,6 +159,8 @@ def prepare(p: SimpleNamespace) -> Prepared:
         p.prune_cpu,
         p.prune_memory,
     )
+    for task in (resolved, fetched, tokenized):
+        with_hub_secret(task)
     return Prepared(fetched, tokenized, pruned)
 
 
@@ -355,4 +367,6 @@ def compress(
         distill_cpu,
         distill_memory,
     )
+    # by which its processes talk; a pod has 64 MB of it otherwise
+    kubernetes.empty_dir_mount(distilled, "shared-memory", "/dev/shm", medium="Memory", size_limit="8Gi")
     return finish(p, prepared, distilled)

@@ -109,6 +109,9 @@ def read_parameters(package: Package, params: str, assignments: list[str]) -> di
             defaults[name] = _default(definition)
         elif not definition.get("isOptional") and name not in values:
             raise ValueError(f"{name} must be given: {package.name} has no default for it")
+    handover = str((defaults | values).get("handover", ""))
+    if handover.startswith("/") and b"pvcMount" not in package.content:
+        raise ValueError(f"handover must be a bucket, got {handover!r}: {package.name} was compiled without handover_claim")
     _check_rules(defaults | values)
     return values
 
@@ -150,6 +153,10 @@ def _check_rules(values: dict[str, Any]) -> None:
     for name in places:
         if values[name].startswith("/"):
             values[name] = "owner/name"
+        elif Path(values[name]).exists() or values[name].startswith("builtin:smollm2"):
+            raise ValueError(f"{name} must be found by the pods, got {values[name]!r}: it is on this machine alone")
+    if values["publish_to"].startswith("/"):
+        raise ValueError(f"publish_to must be a bucket, got {values['publish_to']!r}: the pod's own disk goes with the pod")
     if values.get("backend") == "deepspeed":  # the package and a file of settings are in the image, not here
         values |= {"backend": "fsdp", "deepspeed_config": ""}
     with tempfile.TemporaryDirectory() as folder:

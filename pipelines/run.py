@@ -59,6 +59,10 @@ def check_parameters(values: dict[str, Any], run_dir: Path) -> None:
     """
     if not values["formats"]:
         raise ValueError(f"formats must name at least one format, got {values['formats']}")
+    if values["skip_ppl_eval"] and values["max_ppl_ratio"]:
+        raise ValueError(f"max_ppl_ratio must be 0 with skip_ppl_eval, got {values['max_ppl_ratio']}")
+    if values["min_sparsity"] > values["sparsity"]:
+        raise ValueError(f"min_sparsity must be at most sparsity = {values['sparsity']}, got {values['min_sparsity']}")
     # "." stands for folders that earlier stages will have made
     made_before = {"model_dir": ".", "output_dir": str(run_dir), "student_model": ".", "mask_file": "."}
     for config_class, more in (
@@ -71,6 +75,8 @@ def check_parameters(values: dict[str, Any], run_dir: Path) -> None:
     ):
         names = {entry.name for entry in dataclasses.fields(config_class)}
         config_class(**{name: value for name, value in (made_before | values | more).items() if name in names})
+    if values.get("distill_gpus", 0) not in (0, values["nproc_per_node"]):
+        raise ValueError(f"nproc_per_node must be distill_gpus = {values['distill_gpus']}, got {values['nproc_per_node']}")
 
 
 def plain_logs() -> None:

@@ -30,13 +30,18 @@ def main(config_class: type, stage: str) -> None:
     pod is stopped, ends the program as an exception does, so that nothing half-written is left.
     """
     config = parse(config_class)
-    if threading.current_thread() is threading.main_thread():  # no other may set a handler
-        signal.signal(signal.SIGTERM, _stop)
+    stop_at_sigterm()
     try:
         record = importlib.import_module(stage).run(config)
         log("  ".join(f"{name}={value}" for name, value in record.measured.items()))
     except (ValueError, OSError, ImportError) as error:
         fail(error)
+
+
+def stop_at_sigterm() -> None:
+    """Let SIGTERM end the program as an exception does; the first process of a container would not even notice it."""
+    if threading.current_thread() is threading.main_thread():  # no other may set a handler
+        signal.signal(signal.SIGTERM, _stop)
 
 
 def _stop(number: int, _: object) -> None:

@@ -4,7 +4,7 @@ A place is `gs://bucket/prefix`, `s3://bucket/prefix`, `minio://bucket/prefix` o
 there as it is, one object a file, and `complete.json`, written last, lists every file with its size and CRC-32C. So whatever
 stopped halfway has no `complete.json` and is never taken for a whole one, and what comes back is checked to the last byte.
 Empty folders are not kept. Credentials come from where the client libraries look for them: Application Default Credentials
-for gs://, AWS_ACCESS_KEY_ID and its like for s3:// and minio://.
+for gs://, AWS_ACCESS_KEY_ID and its like, or a role, for s3://, MINIO_ACCESS_KEY and MINIO_SECRET_KEY before these for minio://.
 """
 
 import base64

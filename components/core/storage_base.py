@@ -1,5 +1,6 @@
 """What the stores of all schemes share, and the store of a mounted folder."""
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -41,9 +42,9 @@ class Store(Protocol):
         """Delete objects."""
 
 
-def split(sizes: Mapping[str, int], limit: int = CHUNK) -> tuple[list[str], list[str]]:
-    """Names of the files of up to `limit` bytes, which travel whole, and of the others, which travel in pieces."""
-    return [name for name in sizes if sizes[name] <= limit], [name for name in sizes if sizes[name] > limit]
+def split(sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """Names of the files of up to `CHUNK` bytes, which travel whole, and of the others, which travel in pieces."""
+    return [name for name in sizes if sizes[name] <= CHUNK], [name for name in sizes if sizes[name] > CHUNK]
 
 
 class FolderStore:
@@ -82,8 +83,9 @@ class FolderStore:
         for path in paths:
             path.unlink(missing_ok=True)
         for folder in sorted({folder for path in paths for folder in path.parents}, reverse=True):
-            if folder.is_relative_to(self.root) and not any(folder.iterdir()):
-                folder.rmdir()
+            if folder.is_relative_to(self.root):
+                with contextlib.suppress(OSError):  # it is not empty, or another has removed it
+                    folder.rmdir()
 
 
 def _each(work: Callable[[str], object], names: Iterable[str]) -> None:

@@ -20,8 +20,6 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 
 from components.core.storage_base import CHUNK, WORKERS, Held, split
 
-LARGE_UPLOAD = 256 * 2**20  # bytes; files up to this are sent whole, as they are read: pieces cost a copy in memory
-
 
 def open_store(_: str, bucket: str, prefix: str) -> "GcsStore":
     """The store at `gs://bucket/prefix`."""
@@ -45,7 +43,7 @@ class GcsStore:
 
     def put(self, files: Mapping[str, Path]) -> None:
         """See `Store`."""
-        small, large = split({name: path.stat().st_size for name, path in files.items()}, LARGE_UPLOAD)
+        small, large = split({name: path.stat().st_size for name, path in files.items()})
         with self._one_line():
             transfer_manager.upload_many(
                 [(str(files[name]), self._blob(name)) for name in small],

@@ -21,18 +21,20 @@ def open_store(scheme: str, bucket: str, prefix: str) -> "S3Store":
     """The store at `s3://bucket/prefix` or `minio://bucket/prefix`."""
     root = f"{bucket}/{prefix}".rstrip("/")
     if scheme == "s3":
-        return S3Store(f"s3://{root}", root, None)  # botocore reads AWS_ENDPOINT_URL, if any
+        return S3Store(f"s3://{root}", root)  # botocore reads AWS_ENDPOINT_URL, if any
     endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("MINIO_ENDPOINT") or _MINIO
-    return S3Store(f"minio://{root}", root, endpoint if "://" in endpoint else f"http://{endpoint}")
+    # names of their own: in a pod that also reaches s3:// these keys must not stand in for its role
+    login = {"key": os.environ.get("MINIO_ACCESS_KEY"), "secret": os.environ.get("MINIO_SECRET_KEY")}
+    return S3Store(f"minio://{root}", root, endpoint_url=endpoint if "://" in endpoint else f"http://{endpoint}", **login)
 
 
 class S3Store:
     """See `components.core.storage_base.Store`."""
 
-    def __init__(self, place: str, root: str, endpoint: str | None) -> None:
+    def __init__(self, place: str, root: str, **server: str | None) -> None:
         self.place, self.root = place, root
         self.files = s3fs.S3FileSystem(
-            endpoint_url=endpoint,
+            **server,
             config_kwargs={"retries": {"mode": "standard", "max_attempts": 5}},
             use_listings_cache=False,  # others write there too
         )

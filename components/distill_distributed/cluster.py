@@ -145,13 +145,13 @@ class Cluster:
                 raise
 
     def wait_until_gone(self, kind: str, name: str) -> None:
-        """Wait until a deleted job is gone, finalizers and all.
+        """Wait until a deleted job is gone, finalizers and all, and its pods write nothing any more.
 
         Raises:
             ValueError: it does not go.
         """
         start = time.monotonic()
-        while self.read_job(kind, name) is not None:
+        while self.read_job(kind, name) is not None or self.pods_of(kind, name):
             if time.monotonic() - start > GONE_PATIENCE:
                 raise ValueError(f"job {name} is deleted but still there after {GONE_PATIENCE:.0f} s: see its finalizers")
             time.sleep(1)

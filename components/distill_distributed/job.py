@@ -131,6 +131,15 @@ def as_yaml(manifest: dict[str, Any]) -> str:
     return yaml.safe_dump(json.loads(json.dumps(manifest)), sort_keys=False)
 
 
+# the user of the images, told outright: the operator adds a container of another image to the workers, which would be root;
+# volumes become writable for its group
+NO_ROOT = {
+    "runAsNonRoot": True,
+    "runAsUser": 1000,
+    "runAsGroup": 0,
+    "fsGroup": 0,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
 RENDERERS = {"pytorchjob": pytorchjob, "trainjob": trainjob}
 NO_MESH = {"sidecar.istio.io/inject": "false"}  # a mesh's sidecar never ends, and refuses what the nodes tell each other
 PATCHED = ("affinity", "nodeSelector", "securityContext", "serviceAccountName", "tolerations", "volumes")
@@ -157,6 +166,8 @@ def pod_spec(spec: JobSpec) -> dict[str, Any]:
         # else a node that comes back alone finds no rendezvous under torch 2.13
         {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"},
     ]
+    if spec.elastic:  # whose nodes the operator does not tell it
+        own_env.append({"name": "PET_NPROC_PER_NODE", "value": str(spec.nproc_per_node)})
     container: dict[str, Any] = {
         "name": "pytorch",
         "image": spec.image,
@@ -172,7 +183,7 @@ def pod_spec(spec: JobSpec) -> dict[str, Any]:
     pod: dict[str, Any] = {
         "automountServiceAccountToken": False,  # the nodes ask nothing of Kubernetes
         "containers": [container],
-        "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+        "securityContext": NO_ROOT,
         "volumes": [memory, *spec.pod.get("volumes", [])],
     }
     if spec.service_account:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.core import storage
-from components.core.cli import fail, parse
+from components.core.cli import fail, parse, stop_at_sigterm
 from components.core.process import run_to_end
 from components.core.progress import log
 
@@ -63,6 +63,7 @@ def wait_for(result: str) -> None:
 
 def main() -> None:
     """Run a node."""
+    stop_at_sigterm()
     try:
         run(parse(NodeConfig, "One node of a distillation job."))
     except (ValueError, OSError) as error:

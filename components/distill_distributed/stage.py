@@ -46,7 +46,7 @@ def run(config: DistillDistributedConfig) -> StageRecord:
     pod = cluster.own_pod()
     run_id = (pod or {"metadata": {}})["metadata"].get("labels", {}).get(KFP_RUN_LABEL, "none")
     name = job_name(run_id, config)
-    place = f"{config.handover.rstrip('/')}/{run_id}/{name}"
+    place = f"{config.handover}/{run_id}/{name}"
     manifest = RENDERERS[config.kind](make_spec(config, cluster.namespace, run_id, name, place, pod))
     with new_file(job_file) as scratch:
         scratch.write_text(as_yaml(manifest), encoding="utf-8")
@@ -59,8 +59,10 @@ def run(config: DistillDistributedConfig) -> StageRecord:
         fewest = config.node_range()
         Watcher(cluster, config.kind, name, fewest[0] if fewest else config.nodes, config.deadline).follow()
     record = collect(f"{place}/result", Path(config.output_dir), name, mask)
-    for used in ("inputs", "checkpoints"):  # the result stays for a launcher that comes back, until the run is swept
+    for used in ("inputs", "checkpoints"):
         storage.remove(f"{place}/{used}")
+    if pod is None:  # in a pipeline it stays for a launcher that comes back, until the run is swept
+        storage.remove(place)
     return record
 
 
@@ -149,7 +151,10 @@ def ended_with_this_process(cluster: Cluster, kind: str, name: str) -> Iterator[
 
 
 def submit(cluster: Cluster, kind: str, manifest: dict[str, Any]) -> None:
-    """Create the job; one of an earlier try is adopted, or replaced if it has failed.
+    """Create the job; one of an earlier try is adopted.
+
+    One that has failed is adopted too where this is a pipeline's own next try, which then fails at once with the same account
+    instead of running it all again; from a shell it is replaced.
 
     Raises:
         JobError: the name belongs to a job of somebody else.
@@ -162,8 +167,9 @@ def submit(cluster: Cluster, kind: str, manifest: dict[str, Any]) -> None:
         theirs = found["metadata"].get("labels", {})
         if any(theirs.get(label) != metadata["labels"][label] for label in (MANAGED_BY, RUN_LABEL)):
             raise JobError(f"job {metadata['name']} exists and belongs to no try of this task")
-        if has_failed(found) or "deletionTimestamp" in found["metadata"]:
-            log(f"job {metadata['name']} of an earlier try has failed: it is removed and created anew")
+        retried = "ownerReferences" in metadata  # by KFP, in a pod
+        if (has_failed(found) and not retried) or "deletionTimestamp" in found["metadata"]:
+            log(f"job {metadata['name']} of an earlier try has ended: it is removed and created anew")
             cluster.delete_job(kind, metadata["name"])
             cluster.wait_until_gone(kind, metadata["name"])
             continue

@@ -13,11 +13,14 @@ from components.distill_distributed.cluster import Cluster
 
 POLL_SECONDS = 3.0
 TAIL_LINES = 40
-IMAGE_PATIENCE = 600.0  # seconds for which an image that cannot be pulled is waited for: a registry may be away
-NO_STATUS_PATIENCE = 300.0  # seconds after which a job that no operator has touched is given up
+FAULT_PATIENCE = 600.0  # seconds for which a container that cannot be made is waited for: a registry may be away
+NO_PODS_PATIENCE = 600.0  # seconds after which a job that is not queued, and for which nobody makes pods, is given up
 GRACE_SECONDS = 300.0  # over the deadline, which is for the operator to hold; then the launcher does
 ORDINARY = {"ContainerCreating", "PodInitializing"}
-IMAGE_FAULTS = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
+FAULTS = {
+    "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable",
+    "CreateContainerConfigError", "CreateContainerError", "RunContainerError",
+}  # fmt: skip
 
 
 class JobError(ValueError):
@@ -74,7 +77,7 @@ class Watcher:
                 raise JobError(self._account(failed, pods))
             if "Succeeded" in conditions or "Complete" in conditions:
                 return
-            self._check_patience(job, pods)
+            self._check_patience(conditions, pods)
             time.sleep(POLL_SECONDS)
 
     def _say(self, about: str, line: str) -> None:
@@ -100,6 +103,7 @@ class Watcher:
             self.said.pop("job", None)
         elif not {"Succeeded", "Complete", "Failed"} & conditions.keys():
             self._say("job", f"job {self.name}: {len(running)} of {self.nodes} nodes run")
+            self._tell_events(self.name)  # such as pods that a quota or a missing account forbids
 
     def _tell_pod(self, pod: dict[str, Any]) -> None:
         """Say what a pod waits for, and what a container left that ended badly."""
@@ -140,25 +144,37 @@ class Watcher:
                 self.shown_until[leader["metadata"]["uid"]] = stamp
         self.log_read = now
 
-    def _check_patience(self, job: dict[str, Any], pods: list[dict[str, Any]]) -> None:
-        """Give up on what cannot end well by itself. Raises GivenUpError."""
-        now = time.monotonic()
-        if not pods and not job.get("status", {}).get("conditions") and now - self.since["submitted"] > NO_STATUS_PATIENCE:
-            raise GivenUpError(f"job {self.name} has no status: is the operator for kind {self.kind} installed?")
-        faults = [reason for pod in pods if (reason := waiting_for(pod)).partition(":")[0] in IMAGE_FAULTS]
-        if not faults:
-            self.since.pop("image fault", None)
-        elif now - self.since.setdefault("image fault", now) > IMAGE_PATIENCE:
-            raise GivenUpError(f"job {self.name}: the image could not be pulled for {IMAGE_PATIENCE:.0f} s, {faults[0]}")
-        if "running" in self.since and now - self.since["running"] > self.deadline + GRACE_SECONDS:
+    def _check_patience(self, conditions: dict[str, Any], pods: list[dict[str, Any]]) -> None:
+        """Give up on what cannot end well by itself; queueing, for a quota or for room, may last. Raises GivenUpError."""
+        if self._lasts("no pods", not pods and "Suspended" not in conditions) > NO_PODS_PATIENCE:
+            raise GivenUpError(
+                f"job {self.name} had no pods for {NO_PODS_PATIENCE:.0f} s: is the operator for kind {self.kind} installed, "
+                "and what do the events say?"
+            )
+        faults = [reason for pod in pods if (reason := waiting_for(pod)).partition(":")[0] in FAULTS]
+        if self._lasts("fault", bool(faults)) > FAULT_PATIENCE:
+            raise GivenUpError(f"job {self.name}: a container could not be made for {FAULT_PATIENCE:.0f} s, {faults[0]}")
+        if "running" in self.since and time.monotonic() - self.since["running"] > self.deadline + GRACE_SECONDS:
             raise GivenUpError(f"job {self.name} still runs after its deadline of {self.deadline:.0f} s: no operator ended it")
+
+    def _lasts(self, what: str, is_so: bool) -> float:
+        """Seconds for which something has been so at every look."""
+        if not is_so:
+            self.since.pop(what, None)
+            return 0.0
+        return time.monotonic() - self.since.setdefault(what, time.monotonic())
+
+    def _tell_events(self, name: str) -> None:
+        """Print the events that warn of an object, each once."""
+        for event in self.cluster.events_of(name):
+            if event.get("type") == "Warning":
+                line = f"  event of {name}: {event.get('reason')}: {event.get('message')}"
+                self._say(line, line)
 
     def _account(self, failed: dict[str, Any], pods: list[dict[str, Any]]) -> str:
         """Why the job failed, in one line; prints the events that warn."""
         for name in (self.name, *(pod["metadata"]["name"] for pod in pods)):
-            for event in self.cluster.events_of(name):
-                if event.get("type") == "Warning":
-                    log(f"  event of {name}: {event.get('reason')}: {event.get('message')}")
+            self._tell_events(name)
         endings = "; ".join(dict.fromkeys(self.endings.values())) or "no container left an exit code"
         return f"job {self.name} failed: {failed.get('reason')}: {failed.get('message')}; {endings}"
 

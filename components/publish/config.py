@@ -36,6 +36,8 @@ class DestinationConfig:
             raise ValueError(f"version must be letters, digits, '.', '_' and '-', and not latest.json, got {self.version!r}")
         at_least("max_ppl_ratio", self.max_ppl_ratio, 0)
         in_unit("min_sparsity", self.min_sparsity)
+        if self.registry and not self.publish_to:
+            raise ValueError(f"publish_to must be given for a registry, got {self.publish_to!r}")
         if self.registry:
             if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", self.registry):
                 shown = self.registry.rsplit("@", 1)[-1]  # what stands before may be a password

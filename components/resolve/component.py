@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from components.images import cpu_pod
+from components.images import launcher_pod
 
 
-@cpu_pod()
+@launcher_pod()
 def resolve(model_id: str, train_data: str, eval_data: str) -> NamedTuple(
     "Versions", model_id=str, model_revision=str, train_revision=str, eval_revision=str
 ):

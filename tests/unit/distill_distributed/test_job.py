@@ -119,6 +119,8 @@ def test_nodes_are_no_root_and_have_no_mesh(case):
     template = pod_of(render(case))
     assert template["metadata"]["annotations"] == {"sidecar.istio.io/inject": "false"}
     assert template["spec"]["securityContext"]["runAsNonRoot"] is True
+    # the operator adds a container of alpine, whose image says root, to the workers: the pod must name another user
+    assert template["spec"]["securityContext"]["runAsUser"] > 0
     security = template["spec"]["containers"][0]["securityContext"]
     assert security == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 

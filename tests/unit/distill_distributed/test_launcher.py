@@ -172,7 +172,7 @@ def test_inputs_go_out_the_job_runs_and_the_result_comes_back(api, settings, tmp
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"weights"
     manifest = yaml.safe_load((tmp_path / "out.job.yaml").read_text())
     assert {name: api.job(kind)[name] for name in manifest} == manifest
-    assert sorted(path.name for path in Path(place_of(api, kind)).iterdir()) == ["result"]  # nobody needs the inputs any more
+    assert not Path(place_of(api, kind)).exists()  # nobody needs it any more
     printed = capsys.readouterr().out
     assert "running on 2 nodes" in printed
     assert re.findall(r"\[PPL\].*", printed) == ["[PPL] finetune_start=30.0000", "[PPL] epoch=1 eval_ppl=20.0000"]
@@ -521,9 +521,9 @@ def test_a_deadline_that_no_operator_holds_is_held_by_the_launcher(api, clock):
 
 def test_a_job_that_no_operator_touches_is_given_up(api, clock, monkeypatch):
     monkeypatch.setattr(watch, "POLL_SECONDS", 30.0)
-    with pytest.raises(JobError, match="no status: is the operator for kind trainjob installed"):
+    with pytest.raises(JobError, match="had no pods for 600 s: is the operator for kind trainjob installed"):
         follow(api, iter(()), kind="trainjob")
-    assert watch.NO_STATUS_PATIENCE < clock.now <= watch.NO_STATUS_PATIENCE + 30
+    assert watch.NO_PODS_PATIENCE < clock.now <= watch.NO_PODS_PATIENCE + 30
 
 
 def test_an_image_that_cannot_be_pulled_is_given_up(api, capsys, clock):
@@ -535,9 +535,9 @@ def test_an_image_that_cannot_be_pulled_is_given_up(api, capsys, clock):
                 api.pod(WORKER, "Pending", waiting={"reason": reason, "message": "no such image"})
                 yield
 
-    with pytest.raises(JobError, match=r"image could not be pulled for 600 s, \w+: no such image"):
+    with pytest.raises(JobError, match=r"a container could not be made for 600 s, \w+: no such image"):
         follow(api, go())
-    assert watch.IMAGE_PATIENCE < clock.now < watch.IMAGE_PATIENCE + 200
+    assert watch.FAULT_PATIENCE < clock.now < watch.FAULT_PATIENCE + 200
     printed = capsys.readouterr().out
     assert "job distill-1: 1 of 2 nodes run" in printed
     assert "running on" not in printed
@@ -655,3 +655,26 @@ def test_a_job_that_is_given_up_holds_no_gpus(api, settings, tmp_path, clock):
     with pytest.raises(JobError, match="deadline"):
         stage.run(settings)
     assert not api.jobs()
+
+
+def test_a_pipelines_next_try_does_not_run_a_failed_job_again(api, settings, in_pod):
+    lose_launcher(api, settings)
+    api.state("Failed")
+    api.asked = []
+    with pytest.raises(JobError, match=r"job distill-\w+ failed"):
+        stage.run(settings)
+    assert asked(api, "DELETE", "pytorchjobs") == []
+
+
+def test_events_tell_why_nobody_makes_pods(api, capsys, clock, monkeypatch):
+    monkeypatch.setattr(watch, "POLL_SECONDS", 60.0)
+    api.warn("distill-1", "FailedCreatePod", 'pods "distill-1-master-0" is forbidden: exceeded quota')
+
+    def go():
+        while True:
+            api.state("Created")
+            yield
+
+    with pytest.raises(JobError, match="had no pods for 600 s"):
+        follow(api, go())
+    assert capsys.readouterr().out.count("exceeded quota") == 1

@@ -1,0 +1,158 @@
+"""A launcher's pod, and what it needs: settings of the run, the place of its handover, a look into its job."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kubernetes import client
+from kubernetes.stream import stream
+
+from components.core.mask_file import MASK_FILE
+from components.images import CPU_IMAGE, LAUNCHER_IMAGE
+from tests.cluster import pytorchjob
+from tests.cluster.conftest import ACCOUNT, wait_for
+
+STEPS = 20
+PATIENCE = 300  # seconds for anything that waits for nodes: they import torch, on processors that they share
+# as KFP's executor does it: bring the inputs, run the stage as a child, take its outputs away if it ended well
+EXECUTOR = """
+python -m tarfile -e /inputs/inputs.tar.gz /work
+"$@" & echo $! > /work/pid
+trap 'kill $(cat /work/pid); wait' TERM
+wait $(cat /work/pid) || exit
+echo "RESULT $(tr -d '\\n' < /work/student/distill_stats.json)"
+"""
+
+
+def settings(models: Path) -> dict:
+    """The run: a global batch of 8 blocks, if `batch_size` is 4 for one process and 2 for two."""
+    return {
+        "teacher_model": f"{models}/dense",
+        "student_model": f"{models}/pruned",
+        "mask_file": f"{models}/pruned/{MASK_FILE}",
+        "train_data": f"{models}/tokens",
+        "eval_data": f"{models}/tokens",
+        "seq_len": 32,
+        "eval_seq_len": 32,
+        "eval_blocks": 7,
+        "grad_accum_steps": 2,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+    }
+
+
+@dataclass
+class Handover:
+    """A place for the handover, and what a pod needs to reach it."""
+
+    place: str
+    volumes: list[dict] = field(default_factory=list)
+    mounts: list[dict] = field(default_factory=list)
+    env: list[dict] = field(default_factory=list)
+
+
+def log_of(space, pod: str) -> str:
+    """What a pod has printed; empty while it has not started."""
+    phase = space.core.read_namespaced_pod(pod, space.namespace).status.phase
+    return "" if phase == "Pending" else space.core.read_namespaced_pod_log(pod, space.namespace)
+
+
+def run_in(space, pod: str, *command: str) -> str:
+    """What a command prints that is run in a pod."""
+    core = client.CoreV1Api(client.ApiClient(space.api.configuration))  # `stream` makes its client unfit for other threads
+    options = {"command": list(command), "stderr": True, "stdin": False, "stdout": True, "tty": False}
+    return stream(core.connect_get_namespaced_pod_exec, pod, space.namespace, **options)
+
+
+class Launcher:
+    """A launcher's pod.
+
+    Args:
+        space: where it runs.
+        name: the pod's name.
+        run_id: the pipeline run that it belongs to.
+        handover: how it and the nodes exchange models.
+        flags: more settings of the stage.
+        pod: more settings of the nodes' pods.
+    """
+
+    def __init__(self, space, name, run_id, handover, flags, pod):
+        self.space, self.name, self.run_id = space, name, run_id
+        nodes = {"env": [{"name": "OMP_NUM_THREADS", "value": "1"}, *handover.env]} | pod
+        nodes |= {"volumes": handover.volumes, "volume_mounts": handover.mounts}
+        flags = settings(Path("/work")) | {
+            "output_dir": "/work/student",
+            "handover": handover.place,
+            "image": CPU_IMAGE,
+            "batch_size": 2,
+            "service_account": "sparse-distill-worker",
+            "pod": json.dumps(nodes),
+            **flags,
+        }
+        stage = ["python", "-m", "components.distill_distributed", *(f"--{key}={value}" for key, value in flags.items())]
+        local = {"inputs": {"configMap": {"name": "inputs"}}, "work": {"emptyDir": {}}, "tmp": {"emptyDir": {}}}
+        strict = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True}
+        container = {
+            "name": "main",
+            "image": LAUNCHER_IMAGE,
+            "command": ["sh", "-c", EXECUTOR, "sh", *stage],
+            "env": [{"name": "KFP_POD_NAME", "value": name}, *handover.env],
+            "securityContext": strict,
+            "volumeMounts": [{"name": name, "mountPath": f"/{name}"} for name in local] + handover.mounts,
+        }
+        spec = {
+            "serviceAccountName": ACCOUNT,
+            "restartPolicy": "Never",
+            "securityContext": {"runAsNonRoot": True},
+            "containers": [container],
+            "volumes": [{"name": name, **source} for name, source in local.items()] + handover.volumes,
+        }
+        metadata = {"name": name, "labels": {"pipeline/runid": run_id}}
+        space.core.create_namespaced_pod(space.namespace, {"metadata": metadata, "spec": spec})
+
+    def read(self) -> dict:
+        """Its pod."""
+        return self.space.pods(f"pipeline/runid={self.run_id}")[self.name]
+
+    def phase(self) -> str:
+        return self.read()["status"]["phase"]
+
+    def log(self) -> str:
+        return log_of(self.space, self.name)
+
+    def wait_for_line(self, pattern: str, seconds: float = PATIENCE) -> None:
+        """Wait for a line with a pattern in its log."""
+
+        def is_there():
+            over, log = self.phase() in ("Succeeded", "Failed"), self.log()
+            found = re.search(pattern, log)
+            assert found or not over, f"{self.name} ended without {pattern!r}\n{log}"
+            return found
+
+        wait_for(f"{pattern!r} in the log of {self.name}", is_there, seconds)
+
+    def wait_for_end(self, phase: str) -> str:
+        """Its log, once it has ended so."""
+        wait_for(f"{self.name}'s end", lambda: self.phase() in ("Succeeded", "Failed"), PATIENCE)
+        log = self.log()
+        assert self.phase() == phase, log
+        return log
+
+    def result(self) -> dict:
+        """The statistics of the distilled model, once it has ended well."""
+        return json.loads(re.search(r"^RESULT (.*)$", self.wait_for_end("Succeeded"), re.MULTILINE)[1])
+
+    def run(self, *command: str) -> str:
+        """What a command prints that is run in its pod."""
+        return run_in(self.space, self.name, *command)
+
+    def jobs(self, kind=pytorchjob.KIND) -> list[dict]:
+        """The jobs of its run."""
+        group, version, plural = kind
+        label = {"label_selector": f"sparse-distill/run={self.run_id}"}
+        return self.space.custom.list_namespaced_custom_object(group, version, self.space.namespace, plural, **label)["items"]
+
+    def nodes(self) -> dict[str, dict]:
+        """The pods of its run's jobs, by what follows the job's name."""
+        return {name.split("-", 2)[2]: pod for name, pod in self.space.pods(f"sparse-distill/run={self.run_id}").items()}

@@ -1,0 +1,241 @@
+"""Distillation on two nodes, from a launcher in a pod of its own with the rights of the manifests, as KFP starts one.
+
+Its inputs and outputs are local to that pod; only the handover, a shared volume or a bucket, is reached by the nodes too.
+"""
+
+import base64
+import json
+import os
+import re
+import socket
+import tarfile
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+from gcp_storage_emulator.server import create_server
+from safetensors.torch import load_file
+
+from components.core.storage import download
+from components.distill.config import DistillConfig
+from components.distill.stage import run as distill
+from components.images import LAUNCHER_IMAGE
+from components.tokenize.config import TokenizeConfig
+from components.tokenize.stage import run as tokenize
+from tests.cluster import trainjob
+from tests.cluster.conftest import wait_for
+from tests.cluster.launcher import PATIENCE, STEPS, Handover, Launcher, log_of, run_in, settings
+from tests.conftest import save_pruned
+from tests.manifests.test_manifests import MANIFESTS, render
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, corpus) -> Path:
+    """A folder with a dense and a pruned tiny model, tokens, and a run of one process to compare with."""
+    folder = tmp_path_factory.mktemp("cluster")
+    save_pruned(folder, corpus)
+    data = {"train_data": str(corpus), "eval_data": str(corpus), "seq_len": 32, "eval_seq_len": 32}
+    tokenize(TokenizeConfig(model_dir=str(folder / "dense"), output_dir=str(folder / "tokens"), nsamples=4, **data))
+    distill(DistillConfig(**settings(folder), batch_size=4, output_dir=str(folder / "one")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(models, space) -> str:
+    """A ConfigMap with the models in an archive, for the launchers' pods."""
+    archive = models / "inputs.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in ("dense", "pruned", "tokens"):
+            tar.add(models / name, name)
+    data = {archive.name: base64.b64encode(archive.read_bytes()).decode()}
+    space.core.create_namespaced_config_map(space.namespace, {"metadata": {"name": "inputs"}, "binaryData": data})
+    return "inputs"
+
+
+@pytest.fixture(scope="module")
+def address(space) -> str:
+    """Where pods reach this machine, which must be the cluster's node."""
+    (node, *_) = space.core.list_node().items
+    found = next(entry.address for entry in node.status.addresses if entry.type == "InternalIP")
+    with socket.socket() as probe:
+        try:
+            probe.bind((found, 0))
+        except OSError:
+            pytest.skip(f"this machine is not the cluster's node, which is {found}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def storage_class(request, space, tmp_path_factory) -> str:
+    """A class of volumes with ReadWriteMany: that of STORAGE_CLASS, or one with a folder of this machine."""
+    if name := os.environ.get("STORAGE_CLASS"):
+        yield name
+        return
+    request.getfixturevalue("address")
+    folder = tmp_path_factory.mktemp("handover")
+    folder.chmod(0o777)  # the pods run as a user of their own
+    spec = {"accessModes": ["ReadWriteMany"], "capacity": {"storage": "1Ti"}, "hostPath": {"path": str(folder)}}
+    name = space.namespace
+    space.core.create_persistent_volume({"metadata": {"name": name}, "spec": spec | {"storageClassName": name}})
+    yield name
+    space.core.delete_persistent_volume(name)
+
+
+@pytest.fixture(scope="module")
+def volume(space, storage_class) -> Handover:
+    """A shared volume, claimed as the manifests do."""
+    (claim,) = render(MANIFESTS / "storage")
+    claim["spec"]["storageClassName"] = storage_class
+    space.core.create_namespaced_persistent_volume_claim(space.namespace, claim)
+    source = {"name": "handover", "persistentVolumeClaim": {"claimName": claim["metadata"]["name"]}}
+    return Handover("/handover", volumes=[source], mounts=[{"name": "handover", "mountPath": "/handover"}])
+
+
+@pytest.fixture(scope="module")
+def bucket(address) -> Handover:
+    """A bucket of the emulator, which this process serves."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        port = probe.getsockname()[1]
+    with create_server(address, port, in_memory=True, default_bucket="handover"):
+        yield Handover("gs://handover/runs", env=[{"name": "STORAGE_EMULATOR_HOST", "value": f"http://{address}:{port}"}])
+
+
+@pytest.fixture
+def launch(space, inputs):
+    """Starts launchers of one run; what is left of them and their jobs is removed at the end."""
+    launchers, run_id = [], f"run-{uuid.uuid4().hex[:8]}"
+
+    def start(handover, pod=None, **flags):
+        name = f"{run_id}-try-{len(launchers) + 1}"
+        launchers.append(Launcher(space, name, run_id, handover, flags, pod or {}))
+        return launchers[-1]
+
+    yield start
+    for launcher in launchers:  # Kubernetes removes the jobs with their owners
+        if launcher.name in space.pods(f"pipeline/runid={launcher.run_id}"):
+            space.core.delete_namespaced_pod(launcher.name, space.namespace, grace_period_seconds=0)
+
+
+def check_like_one(models: Path, stats: dict) -> None:
+    """The same loss curve as one process, and exact zeros."""
+    wanted = json.loads((models / "one" / "distill_stats.json").read_text())
+    curves = [[step["loss"] for step in found["details"]["steps"]] for found in (wanted, stats)]
+    assert len(curves[0]) == STEPS
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert stats["sparse_integrity_check"]["violations"] == 0
+
+
+def test_two_nodes_are_like_one_process_and_hand_over_by_a_shared_volume(launch, volume, models):
+    """The GPUs that are asked for reach the nodes, and not the launcher; no container may be root."""
+    launcher = launch(volume, pod={"resources": {"limits": {"nvidia.com/gpu": "1"}}})
+    launcher.wait_for_line("running on 2 nodes")
+    nodes = launcher.nodes()
+    assert nodes.keys() == {"master-0", "worker-0"}
+    for pod in nodes.values():
+        (container,) = pod["spec"]["containers"]
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+        assert pod["spec"]["serviceAccountName"] == "sparse-distill-worker"
+        assert not [mount for mount in container["volumeMounts"] if "serviceaccount" in mount["mountPath"]]
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+    assert "nvidia.com/gpu" not in json.dumps(launcher.read()["spec"]["containers"][0]["resources"])
+    check_like_one(models, launcher.result())
+    log = launcher.log()
+    assert log.count("[PPL] epoch=1 eval_ppl=") == 1  # what the first node prints is seen here
+    assert "created: PyTorchJob" in log
+
+
+def test_two_nodes_hand_over_by_a_bucket(launch, bucket, models, tmp_path, monkeypatch):
+    launcher = launch(bucket)
+    check_like_one(models, launcher.result())
+    (job,) = launcher.jobs()
+    for variable in bucket.env:
+        monkeypatch.setenv(variable["name"], variable["value"])
+    download(f"{bucket.place}/{launcher.run_id}/{job['metadata']['name']}/result", tmp_path / "result")
+    wanted, found = (load_file(folder / "model.safetensors") for folder in (models / "one", tmp_path / "result"))
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_two_nodes_of_a_trainjob_are_like_one_process(launch, volume, models):
+    launcher = launch(volume, kind="trainjob")
+    check_like_one(models, launcher.result())
+    (job,) = launcher.jobs(trainjob.KIND)
+    assert "Complete" in [entry["type"] for entry in job["status"]["conditions"]]
+    assert launcher.nodes().keys() == {"node-0-0", "node-0-1"}
+
+
+def test_two_nodes_of_an_elastic_job_are_like_one_process(launch, volume, models):
+    launcher = launch(volume, elastic="1:2", nproc_per_node=2, batch_size=1)
+    stats = launcher.result()
+    check_like_one(models, stats)
+    assert stats["parameters"]["grad_accum_steps"] == 2  # of the global batch of 8, over 4 processes
+
+
+@pytest.mark.parametrize("end", ["killed", "deleted"])
+def test_a_node_that_is_lost_comes_back_and_the_run_goes_on_from_its_checkpoint(launch, volume, space, end):
+    """Killed: the job's restart policy starts its container again. Deleted: a new pod takes its place.
+
+    The other node fails with it, or stops at the checkpoint that both agree on, and starts again in its pod.
+    """
+    launcher = launch(volume, max_steps=0, checkpoint_steps=5)
+    wait_for("the nodes", lambda: len(launcher.nodes()) == 2)
+    before = launcher.nodes()
+    leader, victim = (before[node]["metadata"] for node in ("master-0", "worker-0"))
+    wait_for("a checkpoint", lambda: "checkpoint: " in log_of(space, leader["name"]), PATIENCE)
+    if end == "killed":
+        run_in(space, victim["name"], "sh", "-c", "kill -KILL -1")
+    else:
+        space.core.delete_namespaced_pod(victim["name"], space.namespace, grace_period_seconds=0)
+    launcher.wait_for_line("going on from ")
+    after = launcher.nodes()
+    assert (after["worker-0"]["metadata"]["uid"] == victim["uid"]) == (end == "killed")
+    assert after["master-0"]["metadata"]["uid"] == leader["uid"]
+    assert after["master-0"]["status"]["containerStatuses"][0]["restartCount"] >= 1
+    stats = launcher.result()
+    steps = [step["step"] for step in stats["details"]["steps"]]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) > STEPS
+    assert stats["sparse_integrity_check"]["violations"] == 0
+
+
+def test_a_launcher_that_was_killed_is_followed_by_one_that_adopts_its_job(launch, volume, models):
+    first = launch(volume)
+    first.wait_for_line("created: PyTorchJob")
+    first.run("sh", "-c", "kill -KILL $(cat /work/pid)")
+    first.wait_for_end("Failed")
+    (job,) = first.jobs()
+    second = launch(volume)
+    second.wait_for_line("adopting it")
+    check_like_one(models, second.result())
+    (adopted,) = second.jobs()
+    assert adopted["metadata"]["uid"] == job["metadata"]["uid"]
+    assert [owner["name"] for owner in adopted["metadata"]["ownerReferences"]] == [second.name]
+
+
+@pytest.mark.parametrize("seconds", [30, 0], ids=["asked", "at-once"])
+def test_when_the_launcher_is_deleted_the_job_goes_too(launch, volume, space, seconds):
+    launcher = launch(volume)
+    launcher.wait_for_line("created: PyTorchJob")
+    wait_for("the nodes", lambda: len(launcher.nodes()) == 2)
+    space.core.delete_namespaced_pod(launcher.name, space.namespace, grace_period_seconds=seconds)
+    wait_for("the job's removal", lambda: not launcher.jobs())
+    wait_for("the nodes' removal", lambda: not launcher.nodes(), PATIENCE)
+
+
+def test_an_image_that_is_not_there_is_told_soon_and_a_sweep_removes_the_job(launch, volume):
+    launcher = launch(volume, image="sparse-distill/not-there:1")
+    launcher.wait_for_line("created: PyTorchJob")
+    launcher.wait_for_line("waits: (ErrImagePull|ImagePullBackOff): .*not-there", 60)
+    sweep = ["python", "-m", "components.distill_distributed.sweep"]
+    assert "deleted" in launcher.run(*sweep, f"--run_id={launcher.run_id}", f"--handover={volume.place}")
+    assert "was deleted" in launcher.wait_for_end("Failed")
+    assert not launcher.jobs()
+
+
+def test_a_job_that_fails_fails_the_stage_with_the_end_of_its_log(launch, volume):
+    launcher = launch(volume, image=LAUNCHER_IMAGE, retries=0)  # an image without torch
+    log = launcher.wait_for_end("Failed")
+    assert "No module named 'torch'" in log
+    assert re.search(r"^error: job \S+ failed: PyTorchJobFailed: .*backoff limit.*exit code 1", log, re.MULTILINE)
