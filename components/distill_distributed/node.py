@@ -19,6 +19,7 @@ from components.core.progress import log
 
 RESULT_PATIENCE = 3600.0  # seconds that a node without a result waits for the one that writes it
 POLL_SECONDS = 2.0
+UPLOAD_TRIES, UPLOAD_PAUSE = 5, 30.0  # seconds between them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +48,22 @@ def run(config: NodeConfig) -> None:
     flags = [*json.loads(config.flags), *(f"--{parameter}={path}" for parameter, path in paths.items())]
     run_to_end([sys.executable, "-m", "torch.distributed.run", "-m", "components.distill", *flags], os.environ)
     if (work / "result").is_dir():
-        storage.upload(work / "result", result)
+        hand_over(work / "result", result)
     else:
         wait_for(result)
+
+
+def hand_over(folder: Path, result: str) -> None:
+    """Upload the result; tried again a few times, since a failure here throws the whole training away."""
+    for left in reversed(range(UPLOAD_TRIES)):
+        try:
+            storage.upload(folder, result)
+            return
+        except OSError as error:
+            if not left:
+                raise
+            log(f"the result could not be written, {left} tries left: {error}")
+            time.sleep(UPLOAD_PAUSE)
 
 
 def wait_for(result: str) -> None:

@@ -13,6 +13,7 @@ from components.core import storage
 from components.core.checkpoint import read_history
 from components.core.files import read_json
 from components.core.mask_file import find_mask, fingerprint_of_file
+from components.distill_distributed import node
 from tests.conftest import save_pruned
 
 FLAGS = ["--backend=fsdp", "--launcher=torchrun", "--seq_len=32", "--max_steps=2", "--batch_size=1", "--grad_accum_steps=1"]
@@ -94,3 +95,20 @@ def test_an_input_that_is_not_whole_stops_a_node(place, tmp_path):
     log = node.communicate(timeout=120)[0]
     assert node.returncode == 2, log
     assert "is not complete" in log
+
+
+def test_a_result_that_cannot_be_written_at_once_is_written_later(monkeypatch, capsys):
+    answers = [OSError("the bucket is away"), OSError("still"), None]
+
+    def upload(folder, place):
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    monkeypatch.setattr(storage, "upload", upload)
+    monkeypatch.setattr(node, "UPLOAD_PAUSE", 0)
+    node.hand_over(Path("result"), "gs://bucket/result")
+    assert not answers
+    assert capsys.readouterr().out.count("tries left") == 2
+    answers += [OSError("away")] * node.UPLOAD_TRIES
+    with pytest.raises(OSError, match="away"):
+        node.hand_over(Path("result"), "gs://bucket/result")
