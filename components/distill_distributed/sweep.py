@@ -33,8 +33,8 @@ def run(config: SweepConfig) -> None:
         for job in cluster.list_jobs(kind, f"{RUN_LABEL}={config.run_id}"):
             name = job["metadata"]["name"]
             cluster.delete_job(kind, name)
-            cluster.wait_until_gone(kind, name)
             log(f"job {name} deleted")
+            cluster.wait_until_gone(kind, name)  # until then its pods may write
     place = f"{config.handover}/{config.run_id}"
     storage.remove(place)
     log(f"{place} removed")
