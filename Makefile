@@ -5,12 +5,12 @@ READY := .venv/.ready
 IMAGES ?= cpu gpu launcher
 VERSION = $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' components/images.py)
 
-.PHONY: demo test lint format compile images clean
+.PHONY: demo test lint format compile images push clean
 
 demo: $(READY)  ## compress a real 135 M parameter model on this machine, without a network
 	$(BIN)/python pipelines/run.py --model_id builtin:smollm2-135m --train_data builtin:python-docs \
 		--eval_data builtin:python-docs --nsamples 32 --seq_len 256 --eval_blocks 8 --eval_seq_len 512 \
-		--batch_size 4 --grad_accum_steps 1 --max_steps 20 --learning_rate 4e-4
+		--distill_batch_size 4 --distill_grad_accum_steps 1 --distill_max_steps 20 --distill_learning_rate 4e-4
 
 test: $(READY)  ## unit, pipeline and acceptance tests
 	$(BIN)/python -m pytest
@@ -24,8 +24,9 @@ format: $(READY)  ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-compile: $(READY)  ## rewrite pipelines/compiled/*.yaml
+compile: $(READY)  ## rewrite pipelines/compiled/*.yaml and the tables of parameters in the documentation
 	$(BIN)/python pipelines/compile.py
+	$(BIN)/python pipelines/reference.py
 
 images:  ## build the container images (IMAGES picks some of them); DOCKER_FLAGS goes to docker build
 	for image in $(IMAGES); do \
@@ -33,6 +34,13 @@ images:  ## build the container images (IMAGES picks some of them); DOCKER_FLAGS
 			--label org.opencontainers.image.version=$(VERSION) \
 			--label org.opencontainers.image.revision=$$(git rev-parse HEAD) \
 			--tag sparse-distill/$$image:$(VERSION) . || exit 1; \
+	done
+
+push:  ## push the images: make push REGISTRY=ghcr.io/team
+	@test -n "$(REGISTRY)" || { echo "REGISTRY must be given, such as REGISTRY=ghcr.io/team"; exit 2; }
+	for image in $(IMAGES); do \
+		docker tag sparse-distill/$$image:$(VERSION) $(REGISTRY)/sparse-distill/$$image:$(VERSION) \
+			&& docker push $(REGISTRY)/sparse-distill/$$image:$(VERSION) || exit 1; \
 	done
 
 $(READY): pyproject.toml constraints.txt Makefile

@@ -20,7 +20,7 @@ from kfp_server_api import ApiException, V2beta1Pipeline, V2beta1PipelineVersion
 from simple_parsing.helpers import field as flag
 from urllib3.exceptions import HTTPError, MaxRetryError
 
-from components.core.checks import given
+from components.core.checks import check_not_empty
 from components.core.progress import log
 from pipelines.package import Package
 
@@ -64,7 +64,7 @@ class PipelineConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given("experiment", self.experiment)
+        check_not_empty("experiment", self.experiment)
 
 
 class _Client(Client):

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,11 @@ from typing import Any
 
 import yaml
 
+from components.core.corpus import check_corpus
+from components.core.models import SMOLLM2, check_model_id
 from components.images import VERSION
-from pipelines.run import check_parameters
+from pipelines.checks import check_parameters
+from pipelines.parameters import GROUPS
 
 COMPILED = Path(__file__).with_name("compiled")
 
@@ -109,10 +111,10 @@ def read_parameters(package: Package, params: str, assignments: list[str]) -> di
             defaults[name] = _default(definition)
         elif not definition.get("isOptional") and name not in values:
             raise ValueError(f"{name} must be given: {package.name} has no default for it")
-    handover = str((defaults | values).get("handover", ""))
-    if handover.startswith("/") and b"pvcMount" not in package.content:
-        raise ValueError(f"handover must be a bucket, got {handover!r}: {package.name} was compiled without handover_claim")
-    _check_rules(defaults | values)
+    for groups in GROUPS.values():
+        if all(parameter in package.parameters for group in groups for parameter in group.names().values()):
+            check_parameters(groups, defaults | values, on_this_machine=False)
+            _check_places(defaults | values, package)
     return values
 
 
@@ -145,19 +147,19 @@ def _default(definition: dict[str, Any]) -> Any:
     return int(value) if definition["parameterType"] == "NUMBER_INTEGER" else value  # the YAML has 1.0 for 1
 
 
-def _check_rules(values: dict[str, Any]) -> None:
-    """Check by the rules of the stages, if it is a compression pipeline; what lies in the pods alone is left to them."""
-    places = {"model_id", "train_data", "eval_data"}
-    if not places | {"formats"} <= values.keys():
-        return
-    for name in places:
-        if values[name].startswith("/"):
-            values[name] = "owner/name"
-        elif Path(values[name]).exists() or values[name].startswith("builtin:smollm2"):
-            raise ValueError(f"{name} must be found by the pods, got {values[name]!r}: it is on this machine alone")
+def _check_places(values: dict[str, Any], package: Package) -> None:
+    """Check that the pods can find what a run reads and writes; what lies in the pods alone is left to them."""
+    for name, check in (("model_id", check_model_id), ("train_data", check_corpus), ("eval_data", check_corpus)):
+        value = values[name]
+        if value.startswith("/"):
+            continue
+        if Path(value).exists() or value == SMOLLM2:
+            raise ValueError(f"{name} must be found by the pods, got {value!r}: it is on this machine alone")
+        check(name, value)
     if values["publish_to"].startswith("/"):
         raise ValueError(f"publish_to must be a bucket, got {values['publish_to']!r}: the pod's own disk goes with the pod")
-    if values.get("backend") == "deepspeed":  # the package and a file of settings are in the image, not here
-        values |= {"backend": "fsdp", "deepspeed_config": ""}
-    with tempfile.TemporaryDirectory() as folder:
-        check_parameters(values, Path(folder) / "run")
+    handover = values.get("distill_handover", "")
+    if handover.startswith("/") and b"pvcMount" not in package.content:
+        raise ValueError(
+            f"distill_handover must be a bucket, got {handover!r}: {package.name} was compiled without handover_claim"
+        )

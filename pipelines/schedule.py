@@ -10,7 +10,7 @@ from typing import Any
 from kfp.client import Client
 from simple_parsing import subparsers
 
-from components.core.checks import at_least, given
+from components.core.checks import check_at_least, check_not_empty
 from components.core.cli import fail, parse
 from components.core.progress import log
 from pipelines.api import PipelineConfig, ServerConfig, connect, everything, plain_errors, upload
@@ -35,12 +35,12 @@ class CreateConfig(PipelineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given("name", self.name)
+        check_not_empty("name", self.name)
         if bool(self.cron) == bool(self.every):
             raise ValueError(f"one of cron and every must be given, got cron {self.cron!r} and every {self.every}")
         if self.cron:
             six_fields(self.cron)
-        at_least("every", self.every, 0)
+        check_at_least("every", self.every, 0)
         times = [_time(name, getattr(self, name)) for name in ("start_time", "end_time") if getattr(self, name)]
         if len(times) == 2 and times[0] >= times[1]:
             raise ValueError(f"end_time must be after start_time, got {self.end_time}")

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from datetime import datetime
 
-from components.core.checks import at_least
+from components.core.checks import check_at_least
 from components.core.cli import fail, parse
 from pipelines.api import PipelineConfig, connect, plain_errors, upload
 from pipelines.package import read_package, read_parameters
@@ -24,7 +24,7 @@ class SubmitConfig(PipelineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("timeout", self.timeout, 0)
+        check_at_least("timeout", self.timeout, 0)
         if self.timeout and not self.wait:
             raise ValueError(f"timeout must be 0 without wait, got {self.timeout:g}")
 

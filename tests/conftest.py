@@ -62,7 +62,7 @@ def save_pruned(folder: Path, corpus: Path) -> None:
     save_tiny(folder / "dense", "qwen3", tied=True)
     run(
         PruneConfig(
-            model_id=str(folder / "dense"),
+            dense_model=str(folder / "dense"),
             output_dir=str(folder / "pruned"),
             calibration_data=str(corpus),
             nsamples=8,

@@ -7,14 +7,14 @@ from collections.abc import Collection
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
-def at_least(parameter: str, value: float, low: float) -> None:
+def check_at_least(parameter: str, value: float, low: float) -> None:
     """`value` >= `low` and finite; NaN fails."""
     if not value >= low:
         raise ValueError(f"{parameter} must be at least {low}, got {value}")
     _not_infinite(parameter, value)
 
 
-def above(parameter: str, value: float, low: float) -> None:
+def check_above(parameter: str, value: float, low: float) -> None:
     """`value` > `low` and finite; NaN fails."""
     if not value > low:
         raise ValueError(f"{parameter} must be above {low}, got {value}")
@@ -26,19 +26,19 @@ def _not_infinite(parameter: str, value: float) -> None:
         raise ValueError(f"{parameter} must be finite, got {value}")
 
 
-def in_unit(parameter: str, value: float) -> None:
+def check_in_unit_interval(parameter: str, value: float) -> None:
     """`value` in [0, 1]; NaN fails."""
     if not 0 <= value <= 1:
         raise ValueError(f"{parameter} must be in [0, 1], got {value}")
 
 
-def one_of(parameter: str, value: str, choices: Collection[str]) -> None:
+def check_one_of(parameter: str, value: str, choices: Collection[str]) -> None:
     """`value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{parameter} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def given(parameter: str, value: str) -> None:
+def check_not_empty(parameter: str, value: str) -> None:
     """`value` is not empty."""
     if not value.strip():
         raise ValueError(f"{parameter} must be given, got {value!r}")

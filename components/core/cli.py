@@ -16,7 +16,10 @@ from components.core.progress import log
 def parse(config_class: type, description: str | None = None) -> Any:
     """Read `config_class` from the command line; a rule that a value breaks ends the program with one line."""
     parser = ArgumentParser(add_option_string_dash_variants=DashVariant.UNDERSCORE, description=description)
-    parser.add_arguments(config_class, dest="config")
+    arguments = parser.add_arguments(config_class, dest="config")
+    # a stage's own settings first, then those that it shares with others
+    depth = {name: depth for depth, base in enumerate(config_class.__mro__) for name in vars(base).get("__annotations__", ())}
+    arguments.fields.sort(key=lambda entry: depth[entry.name])
     try:
         return parser.parse_args().config
     except ValueError as error:
@@ -32,6 +35,7 @@ def main(config_class: type, stage: str) -> None:
     config = parse(config_class)
     stop_at_sigterm()
     try:
+        config.check_environment()
         record = importlib.import_module(stage).run(config)
         log("  ".join(f"{name}={value}" for name, value in record.measured.items()))
     except (ValueError, OSError, ImportError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.files import new_directory, stat_fingerprint
+from components.core.history import read_history
 from components.core.hub import hub_errors
 from components.core.progress import quiet_bars
 
@@ -21,7 +22,7 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "*.md", "LICENSE*"]
 
 
-def check_model_id(model_id: str, parameter: str = "model_id") -> None:
+def check_model_id(parameter: str, model_id: str) -> None:
     """Check the form of a model id, given as the setting `parameter`, without the network.
 
     Raises:
@@ -45,7 +46,7 @@ def resolve_model(model_id: str, parameter: str = "model_id") -> tuple[str, str]
     Raises:
         ValueError: the model does not exist, is gated, or the hub cannot be reached; says what to do.
     """
-    check_model_id(model_id, parameter)
+    check_model_id(parameter, model_id)
     if model_id == SMOLLM2:
         return model_id, stat_fingerprint([_smollm2_file(parameter)])
     if Path(model_id).is_dir():
@@ -65,7 +66,7 @@ def local_folder(model_id: str, revision: str | None = None, parameter: str = "m
     Raises:
         ValueError: as `resolve_model`; or a local folder or built-in model is not at the revision asked for.
     """
-    check_model_id(model_id, parameter)
+    check_model_id(parameter, model_id)
     name, _, suffix = model_id.partition("@")
     if model_id == SMOLLM2 or Path(model_id).is_dir():
         found = resolve_model(model_id, parameter)[1]
@@ -74,7 +75,7 @@ def local_folder(model_id: str, revision: str | None = None, parameter: str = "m
         return _smollm2_folder(found) if model_id == SMOLLM2 else Path(model_id)
     from huggingface_hub import snapshot_download
 
-    with hub_errors(parameter, model_id):
+    with hub_errors(parameter, model_id), quiet_bars():
         folder = Path(
             snapshot_download(name, revision=revision or suffix or None, allow_patterns=HUB_FILES, ignore_patterns="*/*")
         )
@@ -85,8 +86,6 @@ def local_folder(model_id: str, revision: str | None = None, parameter: str = "m
 
 def source_history(model_id: str, folder: Path) -> dict[str, Any]:
     """The history of a checkpoint that `local_folder` gave: its own, or one that begins at its source."""
-    from components.core.checkpoint import read_history  # brings torch, which settings do without
-
     history = read_history(folder)
     if history["steps"] or history["source"]["revision"]:
         return history

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import load as load_distributed  # type: ignor
 from torch.distributed.checkpoint import save as save_distributed  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from components.core.mask import Mask
+from components.core.mask.mask import Mask
 from components.core.perplexity import decoder_and_head
 from components.distill.config import DistillConfig
 from components.distill.masking import mask_gradients, mask_weights, train_only_masked

@@ -44,46 +44,20 @@ def distill(
     trust_remote_code: bool,
 ) -> None:
     """Distil the dense teacher into the sparse student."""
-    from components.core.record import publish
+    from components.core.history import log_metrics
+    from components.core.settings import configure
     from components.distill.config import DistillConfig
     from components.distill.stage import run
 
-    record = run(
-        DistillConfig(
-            teacher_model=dense_model.path,
-            student_model=pruned_model.path,
-            mask_file=mask.path,
-            output_dir=distilled_model.path,
-            train_data=tokens.path,
-            eval_data=tokens.path,
-            seq_len=seq_len,
-            epochs=epochs,
-            max_steps=max_steps,
-            batch_size=batch_size,
-            grad_accum_steps=grad_accum_steps,
-            learning_rate=learning_rate,
-            warmup_ratio=warmup_ratio,
-            alpha_kd=alpha_kd,
-            temperature=temperature,
-            weight_decay=weight_decay,
-            kl_direction=kl_direction,
-            backend=backend,
-            launcher=launcher,
-            nproc_per_node=nproc_per_node,
-            master_port=master_port,
-            deepspeed_config=deepspeed_config,
-            gradient_checkpointing=gradient_checkpointing,
-            teacher_cache=teacher_cache,
-            keep_best=keep_best,
-            patience=patience,
-            seed=seed,
-            dtype=dtype,
-            sparse_check_eps=sparse_check_eps,
-            fail_on_sparse_violation=fail_on_sparse_violation,
-            eval_blocks=eval_blocks,
-            eval_seq_len=eval_seq_len,
-            skip_ppl_eval=skip_ppl_eval,
-            trust_remote_code=trust_remote_code,
-        )
+    config = configure(
+        DistillConfig,
+        locals(),
+        teacher_model=dense_model.path,
+        student_model=pruned_model.path,
+        mask_file=mask.path,
+        output_dir=distilled_model.path,
+        train_data=tokens.path,
+        eval_data=tokens.path,
     )
-    publish(record, metrics, stats.path)
+    record = run(config)
+    log_metrics(record, metrics, stats.path)

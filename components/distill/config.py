@@ -2,52 +2,44 @@
 
 import importlib.util
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from components.core.checks import DTYPES, above, at_least, given, in_unit, one_of
+from components.core.checks import check_above, check_at_least, check_in_unit_interval, check_not_empty, check_one_of
 from components.core.corpus import WIKITEXT2, check_data, check_held_out
 from components.core.files import check_new, read_json
 from components.core.models import check_model_id
+from components.core.settings import EXECUTION, INPUT, OUTPUT, START, BlockSettings, EvalSettings, ModelSettings
 
 BACKENDS = ("none", "fsdp", "deepspeed")
 LAUNCHERS = ("python", "torchrun", "accelerate")
+NOT_IN_PIPELINES = {
+    "mix_data": "a second corpus would have to be resolved and tokenized like the first",
+    "mix_ratio": "goes with mix_data",
+    "no_mask": "a control for comparisons: its result is not sparse, and no later stage would take it",
+    "max_grad_norm": "an expert's knob",
+    "global_batch": "follows from batch_size, grad_accum_steps and the number of processes",
+    "checkpoint_dir": "a pod's disk goes with the pod; on many nodes the launcher names a folder of the handover",
+    "checkpoint_steps": "goes with checkpoint_dir",
+    "keep_checkpoints": "goes with checkpoint_dir",
+    "tensorboard_dir": "a pod's disk goes with the pod; the report draws the curves",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """Distil a dense teacher into its sparse student, training only the weights that the mask keeps."""
+class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
+    """How to distil."""
 
-    teacher_model: str
-    """The dense model: folder, hub id with optional @revision, or builtin:smollm2-135m."""
-    student_model: str
-    """Folder with the sparse checkpoint."""
-    mask_file: str
-    """The student's sparsity_mask.safetensors (or the older sparsity_mask.pt), or a folder that holds it."""
-    output_dir: str
-    """Folder to create: the distilled checkpoint and distill_stats.json."""
-    train_data: str = WIKITEXT2
-    """Corpus spec or tokens folder for training."""
-    eval_data: str = WIKITEXT2
-    """Corpus spec or tokens folder for perplexity."""
-    mix_data: str = ""
-    """A second corpus mixed into the training blocks."""
-    mix_ratio: float = 0.5
-    """Share of the training blocks that come from mix_data."""
-    no_mask: bool = False
-    """Train all weights that the mask names, not only those it keeps: the dense control for an honest comparison."""
-    seq_len: int = 512
-    """Tokens of a training block."""
     epochs: int = 1
     """Passes over the training blocks."""
     max_steps: int = 0
     """Stop after so many optimizer steps; 0 = no limit."""
-    batch_size: int = 1
+    batch_size: int = field(default=1, metadata=EXECUTION)  # of these three the product alone counts
     """Training blocks of a forward pass."""
-    grad_accum_steps: int = 8
+    grad_accum_steps: int = field(default=8, metadata=EXECUTION)
     """Forward passes of an optimizer step."""
-    global_batch: int = 0
+    global_batch: int = field(default=0, metadata=EXECUTION)
     """Training blocks of an optimizer step over all processes; grad_accum_steps follows from it, so that a run whose number
     of processes changes stays the same run. 0 = batch_size * grad_accum_steps * processes."""
     learning_rate: float = 2e-5
@@ -64,67 +56,51 @@ class DistillConfig:
     """Both distributions of the KL are softened by it; the term is scaled by its square (Hinton et al., 2015)."""
     kl_direction: str = "forward"
     """`forward`: KL(teacher || student); `reverse`: KL(student || teacher)."""
-    backend: str = "none"
+    mix_ratio: float = 0.5
+    """Share of the training blocks that come from mix_data."""
+    no_mask: bool = False
+    """Train all weights that the mask names, not only those it keeps: the dense control for an honest comparison."""
+    backend: str = field(default="none", metadata=EXECUTION)
     """`none` (one process), `fsdp` or `deepspeed`."""
-    launcher: str = "python"
-    """What starts the processes: `python` (one), `torchrun` or `accelerate`. Not used where they run already."""
-    nproc_per_node: int = 1
-    """Processes to start, one a GPU."""
-    master_port: int = 29500
+    launcher: str = field(default="python", metadata=START)
+    """What starts the processes: `python` (one), `torchrun` or `accelerate`. Not used where they are running already."""
+    nproc_per_node: int = field(default=1, metadata=START)
+    """Processes to start on each machine, one for each GPU."""
+    master_port: int = field(default=29500, metadata=START)
     """Port where the processes meet."""
-    deepspeed_config: str = ""
-    """DeepSpeed JSON file with ZeRO stage 0, 1 or 2; empty = the shipped one, ZeRO 2."""
-    gradient_checkpointing: bool = False
+    deepspeed_config: str = field(default="", metadata=INPUT)
+    """DeepSpeed JSON file with ZeRO stage 0, 1 or 2; empty = the one that comes with the stage, ZeRO 2."""
+    gradient_checkpointing: bool = field(default=False, metadata=EXECUTION)
     """Keep fewer activations and compute them again in the backward pass."""
     teacher_cache: str = "auto"
     """Keep the teacher's hidden states on disk: `auto` (if there is more than one epoch), `always` or `never`."""
-    checkpoint_dir: str = ""
-    """Folder for checkpoints; the same command goes on from the newest. Let nobody else write to it. Empty = none."""
-    checkpoint_steps: int = 50
+    checkpoint_steps: int = field(default=50, metadata=EXECUTION)
     """Optimizer steps between checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = field(default=2, metadata=EXECUTION)
     """How many checkpoints to keep."""
     keep_best: bool = False
     """Save the weights of the epoch with the lowest perplexity instead of the last ones."""
     patience: int = 0
     """End after so many epochs without a lower perplexity; 0 = never."""
-    tensorboard_dir: str = ""
-    """Folder for TensorBoard files; empty = none."""
-    seed: int = 0
-    """Seed of the order of the training blocks."""
-    dtype: str = "auto"
-    """Compute format and that of the saved model; auto = float16 on a GPU, float32 on a CPU. Weights train in float32."""
     sparse_check_eps: float = 0.0
-    """In the opening and closing check a weight outside the mask may have this magnitude; 0 = exactly zero."""
+    """In the first and the last check, a weight outside the mask may have this magnitude; 0 = exactly zero."""
     fail_on_sparse_violation: bool = True
     """Fail if one of the checks does; otherwise stray weights are set to zero at the start and the result is recorded."""
-    eval_blocks: int = 0
-    """Evaluation blocks; 0 = all."""
-    eval_seq_len: int = 2048
-    """Tokens of an evaluation block; published numbers use 2048."""
-    skip_ppl_eval: bool = False
-    """Measure no perplexity."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the models."""
 
     def __post_init__(self) -> None:
-        for parameter in ("teacher_model", "student_model", "mask_file", "output_dir"):
-            given(parameter, getattr(self, parameter))
-        for parameter in ("epochs", "batch_size", "grad_accum_steps"):
-            at_least(parameter, getattr(self, parameter), 1)
-        for parameter in ("max_steps", "global_batch", "weight_decay", "sparse_check_eps", "eval_blocks"):
-            at_least(parameter, getattr(self, parameter), 0)
+        super().__post_init__()
+        for parameter in ("epochs", "batch_size", "grad_accum_steps", "nproc_per_node", "checkpoint_steps", "keep_checkpoints"):
+            check_at_least(parameter, getattr(self, parameter), 1)
+        for parameter in ("max_steps", "global_batch", "weight_decay", "sparse_check_eps", "patience"):
+            check_at_least(parameter, getattr(self, parameter), 0)
         for parameter in ("learning_rate", "max_grad_norm", "temperature"):
-            above(parameter, getattr(self, parameter), 0)
-        for parameter in ("seq_len", "eval_seq_len"):
-            at_least(parameter, getattr(self, parameter), 2)
-        for parameter in ("nproc_per_node", "checkpoint_steps", "keep_checkpoints"):
-            at_least(parameter, getattr(self, parameter), 1)
-        at_least("patience", self.patience, 0)
-        one_of("kl_direction", self.kl_direction, ("forward", "reverse"))
-        one_of("backend", self.backend, BACKENDS)
-        one_of("launcher", self.launcher, LAUNCHERS)
-        one_of("teacher_cache", self.teacher_cache, ("auto", "always", "never"))
+            check_above(parameter, getattr(self, parameter), 0)
+        check_in_unit_interval("alpha_kd", self.alpha_kd)
+        check_in_unit_interval("warmup_ratio", self.warmup_ratio)
+        check_one_of("kl_direction", self.kl_direction, ("forward", "reverse"))
+        check_one_of("backend", self.backend, BACKENDS)
+        check_one_of("launcher", self.launcher, LAUNCHERS)
+        check_one_of("teacher_cache", self.teacher_cache, ("auto", "always", "never"))
         if not 0 < self.mix_ratio < 1:
             raise ValueError(f"mix_ratio must be in (0, 1), got {self.mix_ratio}")
         if not 0 < self.master_port < 65536:
@@ -135,30 +111,12 @@ class DistillConfig:
             )
         if self.skip_ppl_eval and (self.keep_best or self.patience):
             raise ValueError("skip_ppl_eval must be off for keep_best and patience, got True")
-        if self.backend == "deepspeed" and self.keep_best and self.checkpoint_dir:
-            raise ValueError("keep_best must be off for checkpoints with backend deepspeed, got True")
-        self._check_deepspeed()
-        if self.mix_data:
-            check_data("mix_data", self.mix_data)
-        in_unit("alpha_kd", self.alpha_kd)
-        in_unit("warmup_ratio", self.warmup_ratio)
-        one_of("dtype", self.dtype, DTYPES)
-        check_model_id(self.teacher_model, "teacher_model")
-        if not Path(self.student_model).is_dir():
-            raise ValueError(f"student_model must be a folder with a checkpoint, got {self.student_model}")
-        if not Path(self.mask_file).exists():
-            raise ValueError(f"mask_file must exist, got {self.mask_file}")
-        check_data("train_data", self.train_data)
-        if not self.skip_ppl_eval:
-            check_data("eval_data", self.eval_data)
-            check_held_out("train_data", self.train_data, self.eval_data)
-            if self.mix_data:
-                check_held_out("mix_data", self.mix_data, self.eval_data)
-        check_new("output_dir", self.output_dir)
-
-    def _check_deepspeed(self) -> None:
         if self.deepspeed_config and self.backend != "deepspeed":
             raise ValueError(f"deepspeed_config must be empty for backend {self.backend}, got {self.deepspeed_config}")
+
+    def check_environment(self) -> None:
+        """See `Settings`."""
+        super().check_environment()
         if self.backend != "deepspeed":
             return
         if self.deepspeed_config and not Path(self.deepspeed_config).is_file():
@@ -170,13 +128,8 @@ class DistillConfig:
         if stage not in (0, 1, 2):
             raise ValueError(f"deepspeed_config must have zero_optimization.stage 0, 1 or 2, got {stage}: use backend fsdp")
 
-    def flags(self, leave_out: Collection[str] = ()) -> list[str]:
-        """The settings as flags of this stage's command line; a setting that is empty is left out too."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(DistillConfig) if entry.name not in leave_out}
-        return [f"--{name}={value}" for name, value in values.items() if value != ""]
-
     def read_deepspeed_config(self) -> dict[str, Any]:
-        """The DeepSpeed settings: those of `deepspeed_config`, or the shipped ones.
+        """The DeepSpeed settings: those of `deepspeed_config`, or those that come with the stage.
 
         Raises:
             ValueError: the file is not JSON.
@@ -185,3 +138,56 @@ class DistillConfig:
         if not isinstance(settings, dict):
             raise ValueError(f"deepspeed_config must be a JSON object, got {type(settings).__name__}")
         return settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(DistillSettings):
+    """Distil a dense teacher into its sparse student, training only the weights that the mask keeps."""
+
+    teacher_model: str = field(metadata=INPUT)
+    """The dense model: folder, hub id with optional @revision, or builtin:smollm2-135m."""
+    student_model: str = field(metadata=INPUT)
+    """Folder with the sparse checkpoint."""
+    mask_file: str = field(metadata=INPUT)
+    """The student's sparsity_mask.safetensors (or the older sparsity_mask.pt), or a folder that holds it."""
+    output_dir: str = field(metadata=OUTPUT)
+    """Folder to create: the distilled checkpoint and distill_stats.json."""
+    train_data: str = field(default=WIKITEXT2, metadata=INPUT)
+    """Corpus spec or tokens folder for training."""
+    eval_data: str = field(default=WIKITEXT2, metadata=INPUT)
+    """Corpus spec or tokens folder for perplexity."""
+    mix_data: str = field(default="", metadata=INPUT)
+    """A second corpus mixed into the training blocks."""
+    checkpoint_dir: str = field(default="", metadata=OUTPUT)
+    """Folder for checkpoints; the same command goes on from the newest. Let nobody else write to it. Empty = none."""
+    tensorboard_dir: str = field(default="", metadata=OUTPUT)
+    """Folder for TensorBoard files; empty = none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for parameter in ("teacher_model", "student_model", "mask_file", "output_dir"):
+            check_not_empty(parameter, getattr(self, parameter))
+        if self.backend == "deepspeed" and self.keep_best and self.checkpoint_dir:
+            raise ValueError("keep_best must be off for checkpoints with backend deepspeed, got True")
+
+    def check_environment(self) -> None:
+        """See `Settings`."""
+        super().check_environment()
+        check_model_id("teacher_model", self.teacher_model)
+        if not Path(self.student_model).is_dir():
+            raise ValueError(f"student_model must be a folder with a checkpoint, got {self.student_model}")
+        if not Path(self.mask_file).exists():
+            raise ValueError(f"mask_file must exist, got {self.mask_file}")
+        texts = {"train_data": self.train_data} | ({"mix_data": self.mix_data} if self.mix_data else {})
+        for parameter, text in texts.items():
+            check_data(parameter, text)
+        if not self.skip_ppl_eval:
+            check_data("eval_data", self.eval_data)
+            for parameter, text in texts.items():
+                check_held_out(parameter, text, self.eval_data)
+        check_new("output_dir", self.output_dir)
+
+    def flags(self, leave_out: Collection[str] = ()) -> list[str]:
+        """The settings as flags of this stage's command line; a setting that is empty is left out too."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(DistillConfig) if entry.name not in leave_out}
+        return [f"--{name}={value}" for name, value in values.items() if value != ""]

@@ -22,7 +22,7 @@ def started_already() -> bool:
     return "RANK" in os.environ or STARTED in os.environ
 
 
-def processes() -> int:
+def process_count() -> int:
     """How many processes train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -76,8 +76,8 @@ def join(config: DistillConfig) -> torch.device:
     """Join the other processes; returns this one's device."""
     device = pick_device()
     if config.backend == "none":
-        if processes() > 1:
-            raise ValueError(f"backend must be fsdp or deepspeed for {processes()} processes, got none")
+        if process_count() > 1:
+            raise ValueError(f"backend must be fsdp or deepspeed for {process_count()} processes, got none")
         return device
     if "RANK" not in os.environ:  # a single process of a distributed backend
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}

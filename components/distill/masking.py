@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from components.core.mask import Mask
+from components.core.mask.mask import Mask
 
 
 def train_only_masked(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:

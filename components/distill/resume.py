@@ -14,18 +14,14 @@ from typing import Any
 
 from components.core.files import read_json, write_json
 from components.core.progress import log
+from components.core.settings import EXECUTION, INPUT, OUTPUT, START, names_of
 from components.distill.backends import SingleProcess
 from components.distill.config import DistillConfig
 from components.distill.schedule import restore_schedule
 
 MANIFEST = "manifest.json"
-# a run may go on with other values of these; what the paths hold is compared by fingerprint
-FREE_SETTINGS = {
-    "teacher_model", "student_model", "mask_file", "train_data", "eval_data", "mix_data",
-    "output_dir", "backend", "launcher", "nproc_per_node", "master_port", "deepspeed_config",
-    "batch_size", "grad_accum_steps", "global_batch", "checkpoint_dir", "checkpoint_steps", "keep_checkpoints",
-    "tensorboard_dir", "gradient_checkpointing", "trust_remote_code",
-}  # fmt: skip
+# a run may go on with other values of these; what the inputs hold is compared by fingerprint
+FREE_SETTINGS = names_of(DistillConfig, INPUT, OUTPUT, START, EXECUTION)
 
 
 def identity(config: DistillConfig, inputs: Mapping[str, str], global_batch: int) -> dict[str, Any]:

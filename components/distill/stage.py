@@ -8,27 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.core.checkpoint import (
-    check_checkpoint,
-    check_dense,
-    check_seq_len,
-    empty_model,
-    known_perplexity,
-    load_model,
-    load_tokenizer,
-    read_history,
-    save_checkpoint,
-    stats_file,
-    weight_bytes,
-    weight_files,
-    write_history,
-)
+from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len
+from components.core.checkpoint.files import weight_bytes, weight_files
+from components.core.checkpoint.loading import empty_model, load_model, load_tokenizer
+from components.core.checkpoint.saving import save_checkpoint
 from components.core.device import pick_dtype
 from components.core.files import check_new, new_directory, sample_fingerprint
-from components.core.mask import Mask, apply_mask, check_mask, enforce, integrity, load_mask
+from components.core.history import StageRecord, Stopwatch, known_perplexity, read_history, stats_file, versions, write_history
+from components.core.mask.integrity import apply_mask, enforce, integrity
+from components.core.mask.mask import Mask, load_mask
+from components.core.mask.prunable import check_mask
 from components.core.models import local_folder
 from components.core.progress import log, log_perplexity
-from components.core.record import StageRecord, Stopwatch, versions
 from components.core.tokens import load_blocks
 from components.distill import launch
 from components.distill.backends import Fsdp, SingleProcess
@@ -47,6 +38,7 @@ def run(config: DistillConfig) -> StageRecord:
         ValueError: a setting does not fit the models, the mask or the text; before any heavy work.
         SparsityError: a weight outside the mask is not zero, and `fail_on_sparse_violation` is set.
     """
+    config.check_environment()
     if config.launcher != "python" and not launch.started_already():
         check_models(config, load_mask(config.mask_file), str(local_folder(config.teacher_model, parameter="teacher_model")))
         launch.start(config)
@@ -72,7 +64,7 @@ def train(config: DistillConfig, device: torch.device) -> StageRecord:
     if not config.skip_ppl_eval:
         evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
     dtype = pick_dtype(config.dtype, device)
-    config = share_global_batch(config, launch.processes())
+    config = share_global_batch(config, launch.process_count())
     backend = BACKENDS[config.backend](config, device, dtype)
     _, total_steps = plan(len(blocks), config, backend.world_size)
 

@@ -65,57 +65,25 @@ def distill_distributed(
     import dataclasses
     import json
 
-    from components.core.record import publish
+    from components.core.history import log_metrics
+    from components.core.settings import configure
     from components.distill_distributed.config import DistillDistributedConfig
     from components.distill_distributed.stage import run
 
-    record = run(
-        DistillDistributedConfig(
-            teacher_model=dense_model.path,
-            student_model=pruned_model.path,
-            mask_file=mask.path,
-            train_data=tokens.path,
-            eval_data=tokens.path,
-            output_dir=distilled_model.path,
-            job_file=job.path,
-            pod=json.dumps(dataclasses.asdict(task_config)),
-            handover=handover,
-            image=image,
-            kind=kind,
-            nodes=nodes,
-            elastic=elastic,
-            retries=retries,
-            deadline=deadline,
-            queue=queue,
-            runtime=runtime,
-            service_account=service_account,
-            seq_len=seq_len,
-            epochs=epochs,
-            max_steps=max_steps,
-            batch_size=batch_size,
-            grad_accum_steps=grad_accum_steps,
-            learning_rate=learning_rate,
-            warmup_ratio=warmup_ratio,
-            alpha_kd=alpha_kd,
-            temperature=temperature,
-            weight_decay=weight_decay,
-            kl_direction=kl_direction,
-            nproc_per_node=nproc_per_node,
-            gradient_checkpointing=gradient_checkpointing,
-            teacher_cache=teacher_cache,
-            keep_best=keep_best,
-            patience=patience,
-            seed=seed,
-            dtype=dtype,
-            sparse_check_eps=sparse_check_eps,
-            fail_on_sparse_violation=fail_on_sparse_violation,
-            eval_blocks=eval_blocks,
-            eval_seq_len=eval_seq_len,
-            skip_ppl_eval=skip_ppl_eval,
-            trust_remote_code=trust_remote_code,
-        )
+    config = configure(
+        DistillDistributedConfig,
+        locals(),
+        teacher_model=dense_model.path,
+        student_model=pruned_model.path,
+        mask_file=mask.path,
+        train_data=tokens.path,
+        eval_data=tokens.path,
+        output_dir=distilled_model.path,
+        job_file=job.path,
+        pod=json.dumps(dataclasses.asdict(task_config)),
     )
-    publish(record, metrics, stats.path)
+    record = run(config)
+    log_metrics(record, metrics, stats.path)
 
 
 @launcher_pod()

@@ -2,26 +2,34 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.core.checks import at_least, given, one_of
+from components.core.checks import check_at_least, check_not_empty, check_one_of
+from components.core.settings import EXECUTION, START
 from components.core.storage import check_place
-from components.distill.config import DistillConfig
+from components.distill.config import NOT_IN_PIPELINES as NOT_IN_ONE_POD
+from components.distill.config import DistillConfig, DistillSettings
 
 KINDS = ("pytorchjob", "trainjob")
 POD_SETTINGS = ("affinity", "env", "node_selector", "resources", "tolerations", "volume_mounts", "volumes")
+NOT_IN_PIPELINES = NOT_IN_ONE_POD | {
+    "backend": "fsdp alone runs on many nodes",
+    "launcher": "torchrun alone starts the nodes",
+    "master_port": "the operator of the job sets it",
+    "deepspeed_config": "goes with backend deepspeed",
+}
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillDistributedConfig(DistillConfig):
-    """Distil on many nodes: create a Kubeflow job, watch it, bring its result."""
+class JobSettings(DistillSettings):
+    """How to distil on many nodes."""
 
-    backend: str = "fsdp"
+    backend: str = field(default="fsdp", metadata=EXECUTION)
     """Only `fsdp`."""
-    launcher: str = "torchrun"
+    launcher: str = field(default="torchrun", metadata=START)
     """Only `torchrun`, which every node starts."""
     handover: str
     """Where launcher and nodes exchange models: gs://, s3:// or minio:// bucket with prefix, or a folder on a volume that all
@@ -44,43 +52,23 @@ class DistillDistributedConfig(DistillConfig):
     """ClusterTrainingRuntime of a trainjob."""
     service_account: str = ""
     """ServiceAccount of the nodes, such as one with access to the bucket; empty = the namespace's default."""
-    pod: str = "{}"
-    """Settings of the nodes' pods as a JSON object: affinity, env, node_selector, resources, tolerations, volume_mounts and
-    volumes, in Kubernetes' own form. In a pipeline they are what is set on the task."""
-    job_file: str = ""
-    """File to write the job's manifest to before it is submitted; empty = `<output_dir>.job.yaml`."""
 
     def __post_init__(self) -> None:
         for parameter in ("handover", "image"):
-            given(parameter, getattr(self, parameter))
+            check_not_empty(parameter, getattr(self, parameter))
         check_place("handover", self.handover)
-        one_of("backend", self.backend, ("fsdp",))
-        one_of("launcher", self.launcher, ("torchrun",))
-        one_of("kind", self.kind, KINDS)
-        for parameter in ("mix_data", "tensorboard_dir", "deepspeed_config"):
-            if value := getattr(self, parameter):
-                raise ValueError(f"{parameter} must be empty for a job, got {value}: the nodes could not read it")
+        check_one_of("backend", self.backend, ("fsdp",))
+        check_one_of("launcher", self.launcher, ("torchrun",))
+        check_one_of("kind", self.kind, KINDS)
         for parameter in ("nodes", "deadline"):
-            at_least(parameter, getattr(self, parameter), 1)
-        at_least("retries", self.retries, 0)
+            check_at_least(parameter, getattr(self, parameter), 1)
+        check_at_least("retries", self.retries, 0)
         for parameter in ("queue", "service_account", "runtime"):
             value = getattr(self, parameter)
             if value and not LABEL.fullmatch(value):
                 raise ValueError(f"{parameter} must be the name of a Kubernetes object, got {value}")
         self.node_range()
-        self.pod_settings()
         super().__post_init__()
-
-    def inputs(self) -> dict[str, str]:
-        """What the nodes read: parameter → path; the mask's is that of its folder."""
-        mask = Path(self.mask_file)
-        paths = {
-            "teacher_model": self.teacher_model,
-            "student_model": self.student_model,
-            "mask_file": str(mask if mask.is_dir() else mask.parent),
-            "train_data": self.train_data,
-        }
-        return paths if self.skip_ppl_eval else paths | {"eval_data": self.eval_data}
 
     def node_range(self) -> tuple[int, int] | None:
         """The fewest and most nodes of an elastic job, None for any other.
@@ -96,6 +84,42 @@ class DistillDistributedConfig(DistillConfig):
         if not found or not 1 <= int(found[1]) <= self.nodes <= int(found[2]):
             raise ValueError(f"elastic must be MIN:MAX with 1 <= MIN <= nodes = {self.nodes} <= MAX, got {self.elastic}")
         return int(found[1]), int(found[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillDistributedConfig(JobSettings, DistillConfig):
+    """Distil on many nodes: create a Kubeflow job, watch it, bring its result."""
+
+    pod: str = "{}"
+    """Settings of the nodes' pods as a JSON object: affinity, env, node_selector, resources, tolerations, volume_mounts and
+    volumes, in Kubernetes' own form. In a pipeline they are what is set on the task."""
+    job_file: str = ""
+    """File to write the job's manifest to before it is submitted; empty = `<output_dir>.job.yaml`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for parameter in ("mix_data", "tensorboard_dir", "deepspeed_config"):
+            if value := getattr(self, parameter):
+                raise ValueError(f"{parameter} must be empty for a job, got {value}: the nodes could not read it")
+        self.pod_settings()
+
+    def check_environment(self) -> None:
+        """See `Settings`."""
+        super().check_environment()
+        for parameter, path in self.inputs().items():
+            if not Path(path).is_dir():
+                raise ValueError(f"{parameter} must be a folder for a job, got {path}")
+
+    def inputs(self) -> dict[str, str]:
+        """What the nodes read: parameter → path; the mask's is that of its folder."""
+        mask = Path(self.mask_file)
+        paths = {
+            "teacher_model": self.teacher_model,
+            "student_model": self.student_model,
+            "mask_file": str(mask if mask.is_dir() else mask.parent),
+            "train_data": self.train_data,
+        }
+        return paths if self.skip_ppl_eval else paths | {"eval_data": self.eval_data}
 
     def pod_settings(self) -> dict[str, Any]:
         """The nodes' pod settings, those that are set.

@@ -10,20 +10,19 @@ from typing import Any
 
 from components.core import storage
 from components.core.files import new_file, sample_fingerprint
-from components.core.mask_file import find_mask, fingerprint_of_file
+from components.core.history import StageRecord, stats_file
+from components.core.mask.file import find_mask, fingerprint_of_file
 from components.core.progress import log
-from components.core.record import StageRecord
+from components.core.settings import INPUT, OUTPUT, START, names_of
+from components.distill.config import DistillConfig
 from components.distill_distributed.cluster import Cluster
 from components.distill_distributed.config import DistillDistributedConfig
 from components.distill_distributed.job import MANAGED_BY, RENDERERS, RUN_LABEL, JobSpec, as_yaml
 from components.distill_distributed.watch import GivenUpError, JobError, Watcher
 
 KFP_RUN_LABEL = "pipeline/runid"
-# paths, and what a job decides otherwise
-NOT_FOR_NODES = {
-    "teacher_model", "student_model", "mask_file", "train_data", "eval_data", "output_dir", "checkpoint_dir",
-    "launcher", "nproc_per_node", "master_port", "global_batch",
-}  # fmt: skip
+# a node has paths of its own, and is started by the job; the launcher works out the global batch
+NOT_FOR_NODES = names_of(DistillConfig, INPUT, OUTPUT, START) | {"global_batch"}
 
 
 def run(config: DistillDistributedConfig) -> StageRecord:
@@ -36,9 +35,7 @@ def run(config: DistillDistributedConfig) -> StageRecord:
         JobError: the job failed, or its result does not hold what it should.
         ValueError: the handover cannot be written.
     """
-    for parameter, path in config.inputs().items():
-        if not Path(path).is_dir():
-            raise ValueError(f"{parameter} must be a folder for a job, got {path}")
+    config.check_environment()
     mask = fingerprint_of_file(find_mask(config.mask_file))
     job_file = Path(config.job_file or f"{config.output_dir}.job.yaml")
     storage.check_writable("handover", config.handover)
@@ -201,7 +198,7 @@ def collect(place: str, output_dir: Path, name: str, mask: str) -> StageRecord:
     if not storage.is_complete(place):
         raise JobError(f"job {name} says that it succeeded, but {place} holds no complete result")
     storage.download(place, output_dir)
-    record = StageRecord.load(output_dir / "distill_stats.json")
+    record = StageRecord.load(output_dir / stats_file("distill"))
     check = record.sparse_integrity_check
     used = record.details.get("inputs", {}).get("mask")
     if used != mask:

@@ -17,18 +17,11 @@ def evaluate(
     trust_remote_code: bool,
 ) -> None:
     """Measure the perplexity of any checkpoint."""
-    from components.core.record import publish
+    from components.core.history import log_metrics
+    from components.core.settings import configure
     from components.evaluate.config import EvaluateConfig
     from components.evaluate.stage import run
 
-    record = run(
-        EvaluateConfig(
-            model_dir=model.path,
-            eval_data=tokens.path,
-            eval_blocks=eval_blocks,
-            eval_seq_len=eval_seq_len,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
-    )
-    publish(record, metrics, stats.path)
+    config = configure(EvaluateConfig, locals(), model_dir=model.path, eval_data=tokens.path)
+    record = run(config)
+    log_metrics(record, metrics, stats.path)

@@ -2,11 +2,13 @@
 
 from dataclasses import asdict
 
-from components.core.checkpoint import check_checkpoint, check_seq_len, load_model, load_tokenizer, weight_bytes
+from components.core.checkpoint.checks import check_checkpoint, check_seq_len
+from components.core.checkpoint.files import weight_bytes
+from components.core.checkpoint.loading import load_model, load_tokenizer
 from components.core.device import pick_device, pick_dtype
+from components.core.history import StageRecord, Stopwatch, versions
 from components.core.perplexity import perplexity
 from components.core.progress import log_perplexity
-from components.core.record import StageRecord, Stopwatch, versions
 from components.core.tokens import load_blocks
 from components.evaluate.config import EvaluateConfig
 
@@ -18,6 +20,7 @@ def run(config: EvaluateConfig) -> StageRecord:
         ValueError: the folder is no checkpoint, the corpus is too short, or the blocks are too long for the model.
     """
     watch = Stopwatch()
+    config.check_environment()
     device = pick_device()
     model_config = check_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
     check_seq_len("eval_seq_len", config.eval_seq_len, model_config)

@@ -15,11 +15,11 @@ def fetch(
     trust_remote_code: bool,
 ) -> None:
     """Fetch the dense model."""
-    from components.core.record import publish
+    from components.core.history import log_metrics
+    from components.core.settings import configure
     from components.fetch.config import FetchConfig
     from components.fetch.stage import run
 
-    record = run(
-        FetchConfig(model_id=model_id, output_dir=dense_model.path, revision=revision, trust_remote_code=trust_remote_code)
-    )
-    publish(record, metrics, stats.path)
+    config = configure(FetchConfig, locals(), output_dir=dense_model.path)
+    record = run(config)
+    log_metrics(record, metrics, stats.path)

@@ -5,18 +5,12 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from components.core.checkpoint import (
-    HISTORY_FILE,
-    check_checkpoint,
-    check_dense,
-    weight_bytes,
-    weight_files,
-    write_history,
-)
+from components.core.checkpoint.checks import check_checkpoint, check_dense
+from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.files import check_new, new_directory
+from components.core.history import HISTORY_FILE, StageRecord, Stopwatch, versions, write_history
 from components.core.models import HUB_FILES, local_folder, source_history
 from components.core.progress import log, track
-from components.core.record import StageRecord, Stopwatch, versions
 from components.fetch.config import FetchConfig
 
 
@@ -27,6 +21,7 @@ def run(config: FetchConfig) -> StageRecord:
         ValueError: the model does not exist, is gated, is no dense safetensors checkpoint, or the disk is too small.
     """
     watch = Stopwatch()
+    config.check_environment()
     folder = local_folder(config.model_id, config.revision)
     model_config = check_checkpoint("model_id", folder, config.trust_remote_code)
     check_dense("model_id", folder, model_config)

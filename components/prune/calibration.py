@@ -33,7 +33,7 @@ def batch_size(nsamples: int, seq_len: int, tokens: int = 2048) -> int:
 
 
 @torch.no_grad()
-def record(model: Any, blocks: nn.ModuleList, ids: Tensor) -> list[Batch]:
+def capture(model: Any, blocks: nn.ModuleList, ids: Tensor) -> list[Batch]:
     """Run the recording pass over calibration ids [nsamples, seq_len].
 
     Raises:
@@ -48,7 +48,7 @@ def record(model: Any, blocks: nn.ModuleList, ids: Tensor) -> list[Batch]:
     def recorder(index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if index != len(calls) or not args or not isinstance(args[0], Tensor):
-                raise ValueError("model_id must call its blocks once each, in order, with the hidden states first")
+                raise ValueError("dense_model must call its blocks once each, in order, with the hidden states first")
             reference = batches[0].calls[index] if batches else (calls[-1] if calls else None)
             calls.append(_share((args[1:], kwargs), reference))
             if index == 0:
@@ -64,7 +64,7 @@ def record(model: Any, blocks: nn.ModuleList, ids: Tensor) -> list[Batch]:
             calls.clear()
             model.base_model(input_ids=part.to(device), use_cache=False)
             if len(calls) != len(blocks):
-                raise ValueError(f"model_id must call each of its {len(blocks)} blocks, {len(calls)} were called")
+                raise ValueError(f"dense_model must call each of its {len(blocks)} blocks, {len(calls)} were called")
             batches.append(Batch(seen[0], list(calls)))
     finally:
         for block in blocks:
@@ -118,7 +118,7 @@ def hessians(block: nn.Module, batches: list[Batch], index: int, what: str) -> d
                 leader[name] = shared or name
             if leader[name] != name:
                 if shared != leader[name]:
-                    raise ValueError(f"model_id must give {name} the same input as {leader[name]} in every batch")
+                    raise ValueError(f"dense_model must give {name} the same input as {leader[name]} in every batch")
                 return
             inputs.append((name, x))
             rows = x.reshape(-1, x.shape[-1]).float()  # [tokens, in_features]

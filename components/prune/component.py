@@ -26,29 +26,20 @@ def prune(
     trust_remote_code: bool,
 ) -> None:
     """Prune the dense model in one shot."""
-    from components.core.mask_file import MASK_FILE
-    from components.core.record import publish
+    from components.core.history import log_metrics
+    from components.core.mask.file import MASK_FILE
+    from components.core.settings import configure
     from components.prune.config import PruneConfig
     from components.prune.stage import run
 
-    record = run(
-        PruneConfig(
-            model_id=dense_model.path,
-            output_dir=pruned_model.path,
-            mask_file=f"{mask.path}/{MASK_FILE}",
-            calibration_data=tokens.path,
-            eval_data=tokens.path,
-            sparsity=sparsity,
-            pattern=pattern,
-            method=method,
-            nsamples=nsamples,
-            seq_len=seq_len,
-            eval_blocks=eval_blocks,
-            eval_seq_len=eval_seq_len,
-            seed=seed,
-            dtype=dtype,
-            skip_ppl_eval=skip_ppl_eval,
-            trust_remote_code=trust_remote_code,
-        )
+    config = configure(
+        PruneConfig,
+        locals(),
+        dense_model=dense_model.path,
+        output_dir=pruned_model.path,
+        mask_file=f"{mask.path}/{MASK_FILE}",
+        calibration_data=tokens.path,
+        eval_data=tokens.path,
     )
-    publish(record, metrics, stats.path)
+    record = run(config)
+    log_metrics(record, metrics, stats.path)

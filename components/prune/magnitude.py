@@ -6,7 +6,7 @@ Han et al., "Learning both Weights and Connections for Efficient Neural Networks
 import torch
 from torch import Tensor
 
-from components.core.mask import pruned_count
+from components.core.mask.mask import pruned_count
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ that is not positive definite is damped more, said aloud, or refused. All arithm
 import torch
 from torch import Tensor
 
-from components.core.mask import pruned_count
+from components.core.mask.mask import pruned_count
 from components.core.progress import log
 
 DAMPING_TRIES = 3  # each ten times stronger

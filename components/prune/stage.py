@@ -8,28 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.core.checkpoint import (
-    check_checkpoint,
-    check_dense,
-    check_seq_len,
-    empty_model,
-    load_model,
-    load_tokenizer,
-    save_checkpoint,
-    weight_bytes,
-    write_history,
-)
+from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len
+from components.core.checkpoint.files import weight_bytes
+from components.core.checkpoint.loading import empty_model, load_model, load_tokenizer
+from components.core.checkpoint.saving import save_checkpoint
 from components.core.checks import parse_pattern
 from components.core.device import pick_device, pick_dtype
 from components.core.files import check_new, new_directory
-from components.core.mask import Mask, enforce, integrity, save_mask
-from components.core.mask_file import MASK_FILE
+from components.core.history import StageRecord, Stopwatch, versions, write_history
+from components.core.mask.file import MASK_FILE
+from components.core.mask.integrity import enforce, integrity
+from components.core.mask.mask import Mask, save_mask
 from components.core.models import local_folder, source_history
 from components.core.perplexity import perplexity
 from components.core.progress import log, log_perplexity, track
-from components.core.record import StageRecord, Stopwatch, versions
 from components.core.tokens import load_blocks
-from components.prune.calibration import Batch, advance, hessians, record
+from components.prune.calibration import Batch, advance, capture, hessians
 from components.prune.config import PruneConfig
 from components.prune.magnitude import magnitude
 from components.prune.sparsegpt import sparsegpt
@@ -44,8 +38,9 @@ def run(config: PruneConfig) -> StageRecord:
         SparsityError: the result is not what was asked for.
     """
     watch = Stopwatch()
+    config.check_environment()
     device = pick_device()
-    folder = local_folder(config.model_id)
+    folder = local_folder(config.dense_model, parameter="dense_model")
     check_model(config, folder)
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
     calibration = load_blocks(
@@ -78,7 +73,7 @@ def run(config: PruneConfig) -> StageRecord:
     result.details["layers"] = layers
     with new_directory(config.output_dir) as scratch:
         save_checkpoint(model, tokenizer, scratch)
-        write_history(scratch, source_history(config.model_id, folder), result)
+        write_history(scratch, source_history(config.dense_model, folder), result)
         save_mask(mask, config.mask_file or scratch / MASK_FILE)
     log(f"pruned to {result.measured['sparsity']:.4f} sparsity in {result.measured['seconds']:.0f} s: {config.output_dir}")
     return result
@@ -86,8 +81,8 @@ def run(config: PruneConfig) -> StageRecord:
 
 def check_model(config: PruneConfig, folder: Path) -> None:
     """Check model, lengths and disk before weights are read. Raises ValueError."""
-    model_config = check_checkpoint("model_id", folder, config.trust_remote_code)
-    check_dense("model_id", folder, model_config)
+    model_config = check_checkpoint("dense_model", folder, config.trust_remote_code)
+    check_dense("dense_model", folder, model_config)
     check_seq_len("seq_len", config.seq_len, model_config)
     if not config.skip_ppl_eval:
         check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
@@ -108,7 +103,7 @@ def prune_model(model: Any, ids: Tensor, config: PruneConfig) -> tuple[Mask, lis
         (mask, one entry a linear layer: name, block, linear, sparsity, relative_error, seconds).
     """
     name, blocks = find_blocks(model)
-    batches = record(model, blocks, ids)
+    batches = capture(model, blocks, ids)
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     for index, block in enumerate(track(blocks, "pruning blocks", len(blocks))):

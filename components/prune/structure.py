@@ -21,7 +21,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             found[name] = module
     if not found:
         raise ValueError(
-            f"model_id must be a decoder with an nn.ModuleList of blocks that hold nn.Linear layers; "
+            f"dense_model must be a decoder with an nn.ModuleList of blocks that hold nn.Linear layers; "
             f"{type(model).__name__} has none"
         )
     name = max(found, key=lambda key: sum(layer.weight.numel() for layer in linears(found[key]).values()))
@@ -50,7 +50,7 @@ def check_blocks(name: str, blocks: nn.ModuleList, group: int = 1) -> None:
         for parameter_name, parameter in block.named_parameters():
             if parameter.ndim >= 2 and id(parameter) not in weights:
                 raise ValueError(
-                    f"model_id must keep the matrices of its blocks in nn.Linear layers; "
+                    f"dense_model must keep the matrices of its blocks in nn.Linear layers; "
                     f"{name}.{index}.{parameter_name} {list(parameter.shape)} is none"
                 )
         for layer_name, layer in linears(block).items():

@@ -21,21 +21,12 @@ def publish(
     registry_model: str,
 ) -> str:
     """Publish the models and their report if they pass the gate; returns the version's place."""
-    from components.core.record import publish
+    from components.core.history import log_metrics
+    from components.core.settings import configure
     from components.publish.config import PublishConfig
     from components.publish.stage import run
 
-    record = run(
-        PublishConfig(
-            models=[model.path for model in models],
-            summary_dir=summary.path,
-            publish_to=publish_to,
-            version=version,
-            max_ppl_ratio=max_ppl_ratio,
-            min_sparsity=min_sparsity,
-            registry=registry,
-            registry_model=registry_model,
-        )
-    )
-    publish(record, metrics, stats.path)
+    config = configure(PublishConfig, locals(), models=[model.path for model in models], summary_dir=summary.path)
+    record = run(config)
+    log_metrics(record, metrics, stats.path)
     return str(record.measured["place"])

@@ -4,15 +4,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.core.checks import at_least, given, in_unit
+from components.core.checks import check_at_least, check_in_unit_interval, check_not_empty
+from components.core.history import HISTORY_FILE, REPORT_PAGE, REPORT_SUMMARY
+from components.core.settings import Settings
 from components.core.storage import check_place
-
-HISTORY_FILE = "compression.json"
-REPORT_FILES = ("report.html", "summary.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DestinationConfig:
+class PublishSettings(Settings):
     """Where to publish, and what a model must hold to be published."""
 
     publish_to: str = ""
@@ -30,25 +29,26 @@ class DestinationConfig:
     """Name of the model in the registry."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.publish_to:
             check_place("publish_to", self.publish_to)
         if self.version and not is_version(self.version):
             raise ValueError(f"version must be letters, digits, '.', '_' and '-', and not latest.json, got {self.version!r}")
-        at_least("max_ppl_ratio", self.max_ppl_ratio, 0)
-        in_unit("min_sparsity", self.min_sparsity)
+        check_at_least("max_ppl_ratio", self.max_ppl_ratio, 0)
+        check_in_unit_interval("min_sparsity", self.min_sparsity)
         if self.registry and not self.publish_to:
             raise ValueError(f"publish_to must be given for a registry, got {self.publish_to!r}")
         if self.registry:
             if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", self.registry):
                 shown = self.registry.rsplit("@", 1)[-1]  # what stands before may be a password
                 raise ValueError(f"registry must be an http:// or https:// address without user and password, got {shown!r}")
-            given("registry_model", self.registry_model)
+            check_not_empty("registry_model", self.registry_model)
         elif self.registry_model:
             raise ValueError(f"registry must be given for a registry_model, got {self.registry!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishConfig(DestinationConfig):
+class PublishConfig(PublishSettings):
     """Upload models and their report as one immutable version, and point `latest.json` at it; the gate comes first."""
 
     models: list[str]
@@ -57,17 +57,21 @@ class PublishConfig(DestinationConfig):
     """Folder of the report stage: report.html, summary.json."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.models:
             raise ValueError(f"models must name at least one checkpoint, got {self.models}")
+
+    def check_environment(self) -> None:
+        """See `Settings`."""
+        super().check_environment()
         for model in self.models:
             if not (Path(model) / HISTORY_FILE).is_file():
                 raise ValueError(f"models must be folders with a {HISTORY_FILE}, got {model!r}")
             if not any(Path(model).glob("*.safetensors")):
                 raise ValueError(f"models must hold safetensors weights, got {model!r}")
-        for file in REPORT_FILES:
+        for file in (REPORT_PAGE, REPORT_SUMMARY):
             if not (Path(self.summary_dir) / file).is_file():
                 raise ValueError(f"summary_dir must be a folder with a {file}, got {self.summary_dir!r}")
-        super().__post_init__()
 
 
 def is_version(name: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.files import read_json
-from components.publish.config import HISTORY_FILE
+from components.core.history import HISTORY_FILE
 
 # each layer loses a whole number of weights: a model pruned to 0.7 may have 0.6999995
 ROUNDING = 1e-4

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from components.core.files import sample_fingerprint, write_json
+from components.core.history import StageRecord, Stopwatch, versions
 from components.core.progress import log
-from components.core.record import StageRecord, Stopwatch, versions
 from components.core.storage import check_writable, is_complete, read_bytes, upload, write_bytes
 from components.publish.config import PublishConfig
 from components.publish.gate import Candidate, check_gate, read_candidate
@@ -38,6 +38,7 @@ def run(config: PublishConfig) -> StageRecord:
         OSError: the place or the registry failed; the pointer is where it was.
     """
     watch = Stopwatch()
+    config.check_environment()
     candidates = [read_candidate(folder) for folder in config.models]
     folders = named_folders(candidates, Path(config.summary_dir))
     check_gate(candidates, config.max_ppl_ratio, config.min_sparsity)

@@ -21,22 +21,18 @@ def quantize(
     trust_remote_code: bool,
 ) -> None:
     """Quantize the distilled model to one format."""
-    from components.core.record import publish
+    from components.core.history import log_metrics
+    from components.core.settings import configure
     from components.quantize.config import QuantizeConfig
     from components.quantize.stage import run
 
-    record = run(
-        QuantizeConfig(
-            model_dir=distilled_model.path,
-            output_dir=quantized_model.path,
-            format=format,
-            mask_file=mask.path,
-            eval_data=tokens.path,
-            eval_blocks=eval_blocks,
-            eval_seq_len=eval_seq_len,
-            dtype=dtype,
-            skip_ppl_eval=skip_ppl_eval,
-            trust_remote_code=trust_remote_code,
-        )
+    config = configure(
+        QuantizeConfig,
+        locals(),
+        model_dir=distilled_model.path,
+        output_dir=quantized_model.path,
+        mask_file=mask.path,
+        eval_data=tokens.path,
     )
-    publish(record, metrics, stats.path)
+    record = run(config)
+    log_metrics(record, metrics, stats.path)

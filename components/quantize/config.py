@@ -1,17 +1,38 @@
 """Settings of the quantize stage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from components.core.checks import DTYPES, at_least, given, one_of
+from components.core.checks import check_not_empty, check_one_of
 from components.core.corpus import WIKITEXT2, check_data
 from components.core.files import check_new
+from components.core.settings import EvalSettings, ModelSettings, Settings
 
 FORMATS = ("int8", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeConfig:
+class FormatsSettings(Settings):
+    """What a pipeline quantizes to: one quantize stage for each format, side by side."""
+
+    formats: list[str] = field(default_factory=lambda: list(FORMATS))
+    """Formats to quantize to, side by side: int8, fp8."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.formats:
+            raise ValueError(f"formats must name at least one format, got {self.formats}")
+        for name in self.formats:
+            check_one_of("formats", name, FORMATS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeSettings(EvalSettings, ModelSettings):
+    """How to quantize."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig(QuantizeSettings):
     """Quantize the weights of the linear layers; embeddings and head keep their format."""
 
     model_dir: str
@@ -24,24 +45,16 @@ class QuantizeConfig:
     """The checkpoint's sparsity mask; without one, the weights that are zero now must stay zero."""
     eval_data: str = WIKITEXT2
     """Corpus spec or tokens folder for perplexity."""
-    eval_blocks: int = 0
-    """Evaluation blocks; 0 = all."""
-    eval_seq_len: int = 2048
-    """Tokens of an evaluation block; published numbers use 2048."""
-    dtype: str = "auto"
-    """Format of what is not quantized; auto = float16 on a GPU, float32 on a CPU."""
-    skip_ppl_eval: bool = False
-    """Measure no perplexity."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
 
     def __post_init__(self) -> None:
-        given("model_dir", self.model_dir)
-        given("output_dir", self.output_dir)
-        one_of("format", self.format, FORMATS)
-        one_of("dtype", self.dtype, DTYPES)
-        at_least("eval_blocks", self.eval_blocks, 0)
-        at_least("eval_seq_len", self.eval_seq_len, 2)
+        super().__post_init__()
+        check_not_empty("model_dir", self.model_dir)
+        check_not_empty("output_dir", self.output_dir)
+        check_one_of("format", self.format, FORMATS)
+
+    def check_environment(self) -> None:
+        """See `Settings`."""
+        super().check_environment()
         if self.mask_file and not Path(self.mask_file).exists():
             raise ValueError(f"mask_file must exist, got {self.mask_file}")
         if not self.skip_ppl_eval:

@@ -7,24 +7,18 @@ from typing import Any
 
 import torch
 
-from components.core.checkpoint import (
-    check_checkpoint,
-    check_dense,
-    check_seq_len,
-    empty_model,
-    load_model,
-    load_tokenizer,
-    read_history,
-    save_checkpoint,
-    weight_bytes,
-    write_history,
-)
+from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len
+from components.core.checkpoint.files import weight_bytes
+from components.core.checkpoint.loading import empty_model, load_model, load_tokenizer
+from components.core.checkpoint.saving import save_checkpoint
 from components.core.device import pick_device, pick_dtype
 from components.core.files import check_new, new_directory
-from components.core.mask import Mask, check_mask, enforce, head_name, integrity, load_mask, prunable_weights
+from components.core.history import StageRecord, Stopwatch, read_history, versions, write_history
+from components.core.mask.integrity import enforce, integrity
+from components.core.mask.mask import Mask, load_mask
+from components.core.mask.prunable import check_mask, head_name, prunable_weights
 from components.core.perplexity import perplexity
 from components.core.progress import log, log_perplexity
-from components.core.record import StageRecord, Stopwatch, versions
 from components.core.tokens import load_blocks
 from components.quantize.config import QuantizeConfig
 
@@ -37,6 +31,7 @@ def run(config: QuantizeConfig) -> StageRecord:
         SparsityError: a weight outside the mask is not zero in the quantized data.
     """
     watch = Stopwatch()
+    config.check_environment()
     device = pick_device()
     model_config = check_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
     check_dense("model_dir", config.model_dir, model_config)
@@ -44,7 +39,7 @@ def run(config: QuantizeConfig) -> StageRecord:
     if mask:
         check_mask(mask, empty_model(model_config, config.trust_remote_code))
     check_new("output_dir", config.output_dir, weight_bytes(config.model_dir))
-    method = backend(config.format)
+    engine = pick_engine(config.format)
     tokenizer = load_tokenizer(config.model_dir, config.trust_remote_code)
     evaluation = None
     if not config.skip_ppl_eval:
@@ -55,13 +50,13 @@ def run(config: QuantizeConfig) -> StageRecord:
     # on the CPU: on a GPU optimum-quanto repacks float8 weights for kernels of its own, and their zeros cannot be seen
     model = load_model(config.model_dir, dtype, cpu, config.trust_remote_code)
     mask = mask or zeros(model)
-    log(f"quantizing to {config.format} with {method.NAME}")
+    log(f"quantizing to {config.format} with {engine.NAME}")
     result = StageRecord("quantize", asdict(config), versions=versions())
     with new_directory(config.output_dir) as scratch:
-        save_checkpoint(method.quantize(model, config.format, head_name(model)), tokenizer, scratch)
+        save_checkpoint(engine.quantize(model, config.format, head_name(model)), tokenizer, scratch)
         del model
         quantized = load_model(scratch, dtype, cpu, config.trust_remote_code)
-        data = {name: method.stored(quantized.get_submodule(name.removesuffix(".weight"))) for name in mask.tensors}
+        data = {name: engine.stored(quantized.get_submodule(name.removesuffix(".weight"))) for name in mask.tensors}
         result.sparse_integrity_check = integrity(data, mask)
         enforce(result.sparse_integrity_check)
         if evaluation:
@@ -70,13 +65,13 @@ def run(config: QuantizeConfig) -> StageRecord:
             result.measured["perplexity"] = perplexity(quantized, evaluation.ids)
             result.measured["perplexity_text"] = evaluation.fingerprint()
             log_perplexity("after_quantization", result.measured["perplexity"])
-        result.measured |= {"sparsity": mask.realised_sparsity(), "backend": method.NAME, **watch.read()}
+        result.measured |= {"sparsity": mask.realised_sparsity(), "engine": engine.NAME, **watch.read()}
         write_history(scratch, read_history(config.model_dir), result)
     log(f"quantized to {config.format}, {result.measured['bytes'] / 1e6:.0f} MB: {config.output_dir}")
     return result
 
 
-def backend(format: str) -> ModuleType:
+def pick_engine(format: str) -> ModuleType:
     """optimum-quanto where it is installed; else compressed-tensors, which does int8 only.
 
     Raises:

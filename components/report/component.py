@@ -20,10 +20,10 @@ def report(
     """Draw the report from the stages' records."""
     import shutil
 
-    from components.core.record import publish
+    from components.core.history import log_metrics
     from components.report.config import ReportConfig
     from components.report.stage import run
 
     records = [artifact.path for artifact in (fetched, pruned, distilled, *quantized)]
-    publish(run(ReportConfig(records=records, output_dir=summary.path)), metrics)
+    log_metrics(run(ReportConfig(records=records, output_dir=summary.path)), metrics)
     shutil.copyfile(f"{summary.path}/report.html", page.path)

@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.core.checks import given
+from components.core.checks import check_not_empty
 from components.core.files import check_new
+from components.core.history import stats_file
+from components.core.settings import Settings
 
-RECORD_FILES = "*_stats.json"
+RECORD_FILES = stats_file("*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """Write one HTML page about a compressed model from its stages' records."""
 
     records: list[str]
@@ -21,8 +23,13 @@ class ReportConfig:
     """Heading of the page."""
 
     def __post_init__(self) -> None:
-        given("output_dir", self.output_dir)
-        given("title", self.title)
+        super().__post_init__()
+        check_not_empty("output_dir", self.output_dir)
+        check_not_empty("title", self.title)
+
+    def check_environment(self) -> None:
+        """See `Settings`."""
+        super().check_environment()
         record_files(self.records)
         check_new("output_dir", self.output_dir)
 
@@ -37,7 +44,7 @@ def record_files(records: list[str]) -> list[Path]:
         raise ValueError(f"records must name at least one record, got {records}")
     files: dict[Path, None] = {}
     for record in records:
-        given("records", record)
+        check_not_empty("records", record)
         path = Path(record)
         found = sorted(path.glob(RECORD_FILES)) if path.is_dir() else [path]
         if not found:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from components.core.record import StageRecord
+from components.core.history import StageRecord
 from components.report import text
 from components.report.plots import Plot
 from components.report.summary import Row, Summary, comparable

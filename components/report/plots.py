@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.ticker import PercentFormatter
 
-from components.core.record import StageRecord
+from components.core.history import StageRecord
 from components.report.canvas import (
     ACCENT,
     INK,

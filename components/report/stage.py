@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from components.core.files import new_directory, write_json
+from components.core.history import HISTORY_FILE, REPORT_PAGE, REPORT_SUMMARY, StageRecord, Stopwatch, read_history, versions
 from components.core.progress import log
-from components.core.record import StageRecord, Stopwatch, versions
 from components.report.config import ReportConfig, record_files
 from components.report.page import render
 from components.report.plots import draw
 from components.report.summary import order, summarize
-
-PAGE_FILE = "report.html"
-SUMMARY_FILE = "summary.json"
 
 
 def run(config: ReportConfig) -> StageRecord:
@@ -23,6 +20,7 @@ def run(config: ReportConfig) -> StageRecord:
         ValueError: a file is no record.
     """
     watch = Stopwatch()
+    config.check_environment()
     files = record_files(config.records)
     records = order(load(files))
     summary = summarize(records)
@@ -30,9 +28,9 @@ def run(config: ReportConfig) -> StageRecord:
     page = render(config.title, source, records, summary, draw(records, summary))
     with new_directory(config.output_dir) as scratch:
         # a lone surrogate in some record must not cost the whole page
-        (scratch / PAGE_FILE).write_text(page, encoding="utf-8", errors="replace")
-        write_json(scratch / SUMMARY_FILE, {"title": config.title, **source, **summary.as_json()})
-    log(f"report of {len(records)} records: {Path(config.output_dir) / PAGE_FILE}")
+        (scratch / REPORT_PAGE).write_text(page, encoding="utf-8", errors="replace")
+        write_json(scratch / REPORT_SUMMARY, {"title": config.title, **source, **summary.as_json()})
+    log(f"report of {len(records)} records: {Path(config.output_dir) / REPORT_PAGE}")
     return StageRecord("report", asdict(config), {**summary.measured(), **watch.read()}, versions=versions())
 
 
@@ -62,12 +60,9 @@ def find_source(records: list[StageRecord], files: list[Path]) -> dict[str, Any]
 
     The fetch record knows both. Without it, a checkpoint's history beside a record does; at last, what prune was given.
     """
-    # imported here as it brings the whole of transformers, for a constant and a JSON file
-    from components.core.checkpoint import HISTORY_FILE, read_history
-
     known = [record.parameters for record in records if record.stage == "fetch"]
     known += [read_history(file.parent)["source"] for file in files if (file.parent / HISTORY_FILE).is_file()]
-    known += [record.parameters for record in records if record.stage == "prune"]
+    known += [{"model_id": record.parameters.get("dense_model")} for record in records if record.stage == "prune"]
     named = [source for source in known if isinstance(source, dict) and source.get("model_id")]
     revisions = [source["revision"] for source in named if source.get("revision")]
     return {

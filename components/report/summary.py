@@ -6,7 +6,7 @@ Whatever a record lacks stays None. Two perplexities are compared only if they w
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from components.core.record import StageRecord
+from components.core.history import StageRecord
 
 ORDER = ("fetch", "prune", "distill", "quantize")
 MODEL_NAMES = {"fetch": "dense", "prune": "pruned", "distill": "distilled"}

@@ -10,8 +10,9 @@ def resolve(model_id: str, train_data: str, eval_data: str) -> NamedTuple(
     "Versions", model_id=str, model_revision=str, train_revision=str, eval_revision=str
 ):
     """Name the commits of model and texts."""
+    from components.core.settings import configure
     from components.resolve.config import ResolveConfig
     from components.resolve.stage import run
 
-    found = run(ResolveConfig(model_id=model_id, train_data=train_data, eval_data=eval_data)).measured
+    found = run(configure(ResolveConfig, locals())).measured
     return (found["model_id"], found["model_revision"], found["train_revision"], found["eval_revision"])

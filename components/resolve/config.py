@@ -2,24 +2,23 @@
 
 from dataclasses import dataclass
 
-from components.core.checks import given
-from components.core.corpus import WIKITEXT2, check_corpus
+from components.core.checks import check_not_empty
 from components.core.models import check_model_id
+from components.core.settings import TextSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolveConfig:
-    """Name the commit of a model and of its texts, so that later stages are redone only if it changed."""
+class ResolveConfig(TextSettings):
+    """Name the commit of a model and of its texts, so that later stages run again only if one of them has changed."""
 
     model_id: str
-    """Hub id with optional @revision, folder, or builtin:smollm2-135m."""
-    train_data: str = WIKITEXT2
-    """Corpus spec for calibration and training."""
-    eval_data: str = WIKITEXT2
-    """Corpus spec for perplexity."""
+    """The model: hub id with optional @revision, folder, or builtin:smollm2-135m."""
 
     def __post_init__(self) -> None:
-        given("model_id", self.model_id)
-        check_model_id(self.model_id)
-        check_corpus("train_data", self.train_data)
-        check_corpus("eval_data", self.eval_data)
+        super().__post_init__()
+        check_not_empty("model_id", self.model_id)
+
+    def check_environment(self) -> None:
+        """See `Settings`."""
+        check_model_id("model_id", self.model_id)
+        super().check_environment()

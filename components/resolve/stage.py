@@ -3,8 +3,8 @@
 from dataclasses import asdict
 
 from components.core.corpus import resolve_corpus
+from components.core.history import StageRecord
 from components.core.models import resolve_model
-from components.core.record import StageRecord
 from components.resolve.config import ResolveConfig
 
 
@@ -14,6 +14,7 @@ def run(config: ResolveConfig) -> StageRecord:
     Raises:
         ValueError: a model or dataset does not exist, is gated, or the hub cannot be reached.
     """
+    config.check_environment()
     result = StageRecord("resolve", asdict(config))
     result.measured["model_id"], result.measured["model_revision"] = resolve_model(config.model_id)
     result.measured["train_revision"] = resolve_corpus("train_data", config.train_data)

@@ -22,24 +22,11 @@ def tokenize(
     trust_remote_code: bool,
 ) -> None:
     """Cut the texts into blocks of token ids."""
-    from components.core.record import publish
+    from components.core.history import log_metrics
+    from components.core.settings import configure
     from components.tokenize.config import TokenizeConfig
     from components.tokenize.stage import run
 
-    record = run(
-        TokenizeConfig(
-            model_dir=dense_model.path,
-            output_dir=tokens.path,
-            train_data=train_data,
-            eval_data=eval_data,
-            train_revision=train_revision,
-            eval_revision=eval_revision,
-            nsamples=nsamples,
-            seq_len=seq_len,
-            eval_blocks=eval_blocks,
-            eval_seq_len=eval_seq_len,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-        )
-    )
-    publish(record, metrics)
+    config = configure(TokenizeConfig, locals(), model_dir=dense_model.path, output_dir=tokens.path)
+    record = run(config)
+    log_metrics(record, metrics)

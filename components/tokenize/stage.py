@@ -2,10 +2,11 @@
 
 from dataclasses import asdict
 
-from components.core.checkpoint import check_checkpoint, check_seq_len, load_tokenizer
+from components.core.checkpoint.checks import check_checkpoint, check_seq_len
+from components.core.checkpoint.loading import load_tokenizer
 from components.core.files import new_directory
+from components.core.history import StageRecord, Stopwatch, stats_file, versions
 from components.core.progress import log
-from components.core.record import StageRecord, Stopwatch, versions
 from components.core.tokens import build_blocks, save_tokens
 from components.tokenize.config import TokenizeConfig
 
@@ -17,6 +18,7 @@ def run(config: TokenizeConfig) -> StageRecord:
         ValueError: a corpus is empty or too short, or the blocks are longer than the model's positions.
     """
     watch = Stopwatch()
+    config.check_environment()
     model_config = check_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
     check_seq_len("seq_len", config.seq_len, model_config)
     check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
@@ -42,6 +44,6 @@ def run(config: TokenizeConfig) -> StageRecord:
     result.measured = {f"{split}_blocks": part.ids.shape[0] for split, part in blocks.items()} | watch.read()
     with new_directory(config.output_dir) as scratch:
         save_tokens(blocks, scratch)
-        result.save(scratch / "tokenize_stats.json")
+        result.save(scratch / stats_file("tokenize"))
     log(f"tokenized: {', '.join(f'{part.ids.shape[0]} {split} blocks' for split, part in blocks.items())}")
     return result

@@ -63,7 +63,7 @@ def main() -> None:
     root.mkdir(parents=True)
     data = ["--eval_data", config.eval_data, *EVALUATION]
     stage("fetch", "--model_id", "builtin:smollm2-135m", "--output_dir", str(root / "dense"))
-    prune = ["--model_id", str(root / "dense"), "--output_dir", str(root / "pruned"), "--nsamples", "32"]
+    prune = ["--dense_model", str(root / "dense"), "--output_dir", str(root / "pruned"), "--nsamples", "32"]
     stage("prune", *prune, "--calibration_data", config.train_data, *data)
     train = ["--teacher_model", str(root / "dense"), "--mask_file", str(root / "pruned"), "--train_data", config.train_data]
     train += ["--max_steps", str(config.max_steps), "--learning_rate", str(config.learning_rate), "--dtype", config.dtype]

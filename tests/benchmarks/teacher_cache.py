@@ -71,7 +71,7 @@ def main() -> None:
 
 def write_text(config: CacheConfig) -> None:
     """Cut the corpus to the text of `steps` optimizer steps."""
-    from components.core.checkpoint import load_tokenizer
+    from components.core.checkpoint.loading import load_tokenizer
     from components.core.tokens import build_blocks
 
     tokenizer = load_tokenizer(config.teacher_model)

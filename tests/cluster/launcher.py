@@ -8,7 +8,7 @@ from pathlib import Path
 from kubernetes import client
 from kubernetes.stream import stream
 
-from components.core.mask_file import MASK_FILE
+from components.core.mask.file import MASK_FILE
 from components.images import CPU_IMAGE, LAUNCHER_IMAGE
 from tests.cluster import pytorchjob
 from tests.cluster.conftest import ACCOUNT, wait_for

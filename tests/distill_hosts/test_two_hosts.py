@@ -26,7 +26,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from components.core.mask_file import MASK_FILE
+from components.core.mask.file import MASK_FILE
 from components.distill.config import DistillConfig
 from components.distill.stage import run as distill
 from tests.conftest import save_pruned

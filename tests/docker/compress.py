@@ -37,10 +37,10 @@ def main(folder: Path, user: str) -> None:
         seq_len=32,
         eval_blocks=4,
         eval_seq_len=32,
-        max_steps=4,
-        batch_size=2,
-        grad_accum_steps=1,
-        learning_rate=1e-3,
+        distill_max_steps=4,
+        distill_batch_size=2,
+        distill_grad_accum_steps=1,
+        distill_learning_rate=1e-3,
         publish_to=str(folder / "published"),
     )
 

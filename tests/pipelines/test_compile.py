@@ -11,6 +11,7 @@ from docstring_parser import parse
 from pipelines import compile as compile_module
 from pipelines.compress import compress
 from pipelines.compress_distributed import compress_distributed
+from pipelines.reference import documents
 
 PIPELINES = {pipeline.name: pipeline for pipeline in (compress, compress_distributed)}
 ASKS_FOR_GPUS = {"prune", "distill", "distill-distributed", "quantize"}
@@ -42,7 +43,7 @@ def test_a_registry_stands_before_every_image(tmp_path, monkeypatch):
 def test_a_volume_takes_the_place_of_the_bucket(tmp_path, monkeypatch):
     text = compile_to(tmp_path, monkeypatch, "--handover_claim", "models")["compress-distributed.yaml"]
     spec, platform = yaml.safe_load_all(text)
-    assert spec["root"]["inputDefinitions"]["parameters"]["handover"]["defaultValue"] == "/handover"
+    assert spec["root"]["inputDefinitions"]["parameters"]["distill_handover"]["defaultValue"] == "/handover"
     executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     mounts = {name: entry["pvcMount"][0]["mountPath"] for name, entry in executors.items() if "pvcMount" in entry}
     assert mounts == {"exec-distill-distributed": "/handover", "exec-sweep-jobs": "/handover"}
@@ -55,7 +56,7 @@ def test_every_parameter_is_described(spec):
     assert described == set(parameters)
     assert all(parameter.get("description") for parameter in parameters.values())
     assert parameters["model_id"]["defaultValue"] == "Qwen/Qwen3-0.6B"
-    assert parameters["sparsity"]["defaultValue"] == 0.7
+    assert parameters["prune_sparsity"]["defaultValue"] == 0.7
 
 
 def dags(spec):
@@ -108,7 +109,7 @@ def test_every_parameter_that_a_task_reads_is_an_input_of_its_dag(spec):
 def test_formats_are_quantized_side_by_side(spec):
     tasks = [task for dag in dags(spec).values() for task in dag["dag"]["tasks"].values()]
     loop = next(task for task in tasks if "parameterIterator" in task)
-    assert loop["parameterIterator"]["items"]["inputParameter"].endswith("pipelinechannel--formats")
+    assert loop["parameterIterator"]["items"]["inputParameter"].endswith("pipelinechannel--quantize_formats")
     assert "iteratorPolicy" not in loop  # no limit: the formats run at the same time
 
 
@@ -134,3 +135,8 @@ def test_jobs_are_swept_whatever_becomes_of_the_run():
     sweep = spec["root"]["dag"]["tasks"]["sweep-jobs"]
     assert sweep["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
     assert sweep["inputs"]["parameters"]["run_id"]["runtimeValue"]["constant"] == "{{$.pipeline_job_uuid}}"
+
+
+def test_the_tables_of_parameters_are_as_the_settings_say():
+    for path, text in documents().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: `make compile` writes it anew"

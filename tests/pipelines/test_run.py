@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import save_tiny
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--nsamples", "4", "--seq_len", "32", "--eval_blocks", "4", "--eval_seq_len", "32", "--max_steps", "4"]
-SMALL += ["--batch_size", "2", "--grad_accum_steps", "1", "--learning_rate", "1e-3"]
+SMALL = ["--nsamples", "4", "--seq_len", "32", "--eval_blocks", "4", "--eval_seq_len", "32", "--distill_max_steps", "4"]
+SMALL += ["--distill_batch_size", "2", "--distill_grad_accum_steps", "1", "--distill_learning_rate", "1e-3"]
 
 
 def run(*flags, folder):
@@ -77,9 +77,9 @@ def test_the_distilled_model_loads_with_no_code_of_ours(finished):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sparsity", "1.3"], "sparsity must be in [0, 1), got 1.3"),
-        (["--formats", "int8", "int3"], "format must be one of int8, fp8, got 'int3'"),
-        (["--learning_rate", "0"], "learning_rate must be above 0, got 0.0"),
+        (["--prune_sparsity", "1.3"], "prune_sparsity must be in [0, 1), got 1.3"),
+        (["--quantize_formats", "int8", "int3"], "quantize_formats must be one of int8, fp8, got 'int3'"),
+        (["--distill_learning_rate", "0"], "distill_learning_rate must be above 0, got 0.0"),
         (["--model_id", "./missing"], "model_id must be an existing folder"),
         (["--train_data", "missing.txt"], "train_data must be an existing file"),
         (["--eval_seq_len", "1"], "eval_seq_len must be at least 2, got 1"),

@@ -10,7 +10,7 @@ from tests.pipelines.fake_kfp import command, kfp  # noqa: F401 (fixtures)
 
 
 def test_a_schedule_runs_the_uploaded_version_one_at_a_time_without_catching_up(kfp, command):
-    flags = ["--cron", "0 30 3 ? * MON-FRI", "--set", "epochs=2", "--service_account", "runner"]
+    flags = ["--cron", "0 30 3 ? * MON-FRI", "--set", "distill_epochs=2", "--service_account", "runner"]
     times = ["--start_time", "2026-12-01T00:00:00Z", "--end_time", "2027-12-01T00:00:00+01:00"]
     code, out, err = command(main, "create", "--name", "nightly", *flags, *times)
     assert (code, err) == (0, "")
@@ -21,7 +21,7 @@ def test_a_schedule_runs_the_uploaded_version_one_at_a_time_without_catching_up(
             "display_name": "nightly",
             "experiment_id": "experiments-1",
             "pipeline_version_reference": {"pipeline_id": "pipelines-1", "pipeline_version_id": "pipeline_versions-1"},
-            "runtime_config": {"parameters": {"epochs": 2}},
+            "runtime_config": {"parameters": {"distill_epochs": 2}},
             "trigger": {
                 "cron_schedule": {
                     "cron": "0 30 3 ? * MON-FRI",
@@ -110,7 +110,7 @@ def test_what_kfp_would_not_take_is_refused_by_its_rule(cron, rule):
             ["--every", "60", "--start_time", "2026-12-01T00:00:00Z", "--end_time", "2026-12-01T00:30:00+01:00"],
             "end_time must be after start_time, got 2026-12-01T00:30:00+01:00",
         ),
-        (["--every", "60", "--set", "epochs=0"], "epochs must be at least 1, got 0"),
+        (["--every", "60", "--set", "distill_epochs=0"], "distill_epochs must be at least 1, got 0"),
         (["--every", "60", "--name", " "], "name must be given, got ' '"),
     ],
 )

@@ -67,39 +67,43 @@ def test_a_profile_namespace_is_given_wherever_it_counts(kfp, command):
 
 def test_parameters_have_the_types_of_the_pipeline(kfp, command, tmp_path):
     params = tmp_path / "params.yaml"
-    params.write_text("learning_rate: 2e-5\nepochs: 3\nsparsity: 0.6\nmodel_id: /models/dense\n")
-    flags = ["--set", "sparsity=0.5", "skip_ppl_eval=true", "--set", "formats=[int8]", "distill_cpu=16", "temperature=2"]
+    params.write_text("distill_learning_rate: 2e-5\ndistill_epochs: 3\nprune_sparsity: 0.6\nmodel_id: /models/dense\n")
+    flags = ["--set", "prune_sparsity=0.5", "skip_ppl_eval=true", "--set", "quantize_formats=[int8]", "distill_cpu=16"]
+    flags += ["distill_temperature=2"]
     assert command(main, "--params", params, *flags)[0] == 0
     sent = kfp.things["runs"][0]["runtime_config"]["parameters"]
     assert sent == {
-        "learning_rate": 2e-5,
-        "epochs": 3,
-        "sparsity": 0.5,
+        "distill_learning_rate": 2e-5,
+        "distill_epochs": 3,
+        "prune_sparsity": 0.5,
         "model_id": "/models/dense",
         "skip_ppl_eval": True,
-        "formats": ["int8"],
+        "quantize_formats": ["int8"],
         "distill_cpu": "16",
-        "temperature": 2.0,
+        "distill_temperature": 2.0,
     }
-    assert isinstance(sent["epochs"], int)
-    assert isinstance(sent["temperature"], float)
+    assert isinstance(sent["distill_epochs"], int)
+    assert isinstance(sent["distill_temperature"], float)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--set", "sparsty=0.5"], "sparsty must be a parameter of compress, it has alpha_kd, backend, "),
-        (["--set", "epochs=2.5"], "epochs must be a whole number, got '2.5'"),
-        (["--set", "learning_rate=nan"], "learning_rate must be a finite number, got 'nan'"),
+        (
+            ["--set", "prune_sparsty=0.5"],
+            "prune_sparsty must be a parameter of compress, it has distill_alpha_kd, distill_backend, ",
+        ),
+        (["--set", "distill_epochs=2.5"], "distill_epochs must be a whole number, got '2.5'"),
+        (["--set", "distill_learning_rate=nan"], "distill_learning_rate must be a finite number, got 'nan'"),
         (["--set", "skip_ppl_eval=1"], "skip_ppl_eval must be true or false, got '1'"),
-        (["--set", "formats=int8"], "formats must be a list, got 'int8'"),
-        (["--set", "sparsity=1.3"], "sparsity must be in [0, 1), got 1.3"),
-        (["--set", "nproc_per_node=2"], "nproc_per_node must be 1 for backend none and launcher python, got 2"),
-        (["--set", "formats=[int3]"], "format must be one of int8, fp8, got 'int3'"),
-        (["--set", "epochs"], "set must be name=value, got 'epochs'"),
-        (["--params", "{epochs: true}"], "epochs must be a whole number, got True"),
+        (["--set", "quantize_formats=int8"], "quantize_formats must be a list, got 'int8'"),
+        (["--set", "prune_sparsity=1.3"], "prune_sparsity must be in [0, 1), got 1.3"),
+        (["--set", "distill_nproc_per_node=2"], "distill_nproc_per_node must be 1 for backend none and launcher python, got 2"),
+        (["--set", "quantize_formats=[int3]"], "quantize_formats must be one of int8, fp8, got 'int3'"),
+        (["--set", "distill_epochs"], "set must be name=value, got 'distill_epochs'"),
+        (["--params", "{distill_epochs: true}"], "distill_epochs must be a whole number, got True"),
         (["--params", "{distill_cpu: 8}"], "distill_cpu must be a string, got 8"),
-        (["--params", "[epochs]"], "params must map parameters to values, got list"),
+        (["--params", "[distill_epochs]"], "params must map parameters to values, got list"),
         (["--params", "{"], "params must be a YAML file"),
         (["--pipeline", "compres"], "pipeline must be compress"),
         (["--pipeline", __file__.replace(".py", ".yaml")], "pipeline must be compress"),
@@ -123,7 +127,8 @@ def test_a_wrong_value_is_told_in_one_line_before_any_request(kfp, command, tmp_
 
 
 def test_what_is_in_the_image_alone_is_not_looked_for_here(kfp, command):
-    flags = ["train_data=/data/corpus", "backend=deepspeed", "launcher=torchrun", "deepspeed_config=/etc/zero.json"]
+    flags = ["train_data=/data/corpus", "distill_backend=deepspeed", "distill_launcher=torchrun"]
+    flags += ["distill_deepspeed_config=/etc/zero.json"]
     assert command(main, "--set", *flags)[0] == 0
 
 

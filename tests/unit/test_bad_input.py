@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from components.core.mask import Mask, save_mask
-from components.core.mask_file import MASK_FILE
+from components.core.mask.file import MASK_FILE
+from components.core.mask.mask import Mask, save_mask
 from tests.conftest import SMALL, save_tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ GOOD = {
         **EVALUATION,
     },
     "prune": {
-        "model_id": "{model}",
+        "dense_model": "{model}",
         "output_dir": "{output}",
         "sparsity": "0.5",
         "calibration_data": "{corpus}",
@@ -239,7 +239,7 @@ WRONG_MODELS = [
     ("evaluate", {"eval_seq_len": "129"}, f"eval_seq_len {POSITIONS}"),
     ("fetch", {"model_id": "{empty_folder}"}, "model_id must be a folder with a config.json, got {empty_folder}"),
     ("tokenize", {"model_dir": "{empty_folder}"}, "model_dir must be a folder with a config.json, got {empty_folder}"),
-    ("prune", {"model_id": "{empty_folder}"}, "model_id must be a folder with a config.json, got {empty_folder}"),
+    ("prune", {"dense_model": "{empty_folder}"}, "dense_model must be a folder with a config.json, got {empty_folder}"),
     ("distill", {"teacher_model": "{empty_folder}"}, "teacher_model must be a folder with a config.json, got {empty_folder}"),
     ("distill", {"student_model": "{empty_folder}"}, "student_model must be a folder with a config.json, got {empty_folder}"),
     ("distill", {"student_model": "owner/name"}, "student_model must be a folder with a checkpoint, got owner/name"),
@@ -249,8 +249,12 @@ WRONG_MODELS = [
     ("evaluate", {"model_dir": "{empty_folder}"}, "model_dir must be a folder with a config.json, got {empty_folder}"),
     ("evaluate", {"model_dir": "/no/such"}, "model_dir must be a folder with a Hugging Face checkpoint, got /no/such"),
     ("fetch", {"model_id": "{pickled}"}, "model_id must hold safetensors weights (pickled ones are never read), got {pickled}"),
-    ("prune", {"model_id": "{pickled}"}, "model_id must hold safetensors weights (pickled ones are never read), got {pickled}"),
-    ("prune", {"model_id": "/no/such"}, "model_id must be an existing folder or a hub id"),
+    (
+        "prune",
+        {"dense_model": "{pickled}"},
+        "dense_model must hold safetensors weights (pickled ones are never read), got {pickled}",
+    ),
+    ("prune", {"dense_model": "/no/such"}, "dense_model must be an existing folder or a hub id"),
     ("resolve", {"model_id": "/no/such"}, "model_id must be an existing folder or a hub id"),
     ("fetch", {"revision": "abc"}, "revision must still be that of {model}: it was abc"),
     ("distill", {"teacher_model": "{words}"}, "teacher_model must have the student's vocabulary of 256 words, got 300"),
@@ -382,7 +386,7 @@ def test_weights_that_are_not_finite_are_told_as_such(start, inputs, tmp_path):
     weights = load_file(broken / "model.safetensors")
     weights[MASKED][0, 0] = float("nan")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    for stage, parameter in (("prune", "model_id"), ("distill", "student_model"), ("evaluate", "model_dir")):
+    for stage, parameter in (("prune", "dense_model"), ("distill", "student_model"), ("evaluate", "model_dir")):
         ended = start(stage, {parameter: str(broken)})
         assert_refused(ended, "", tmp_path, left=("broken",))
         assert "finite" in ended.err
@@ -393,7 +397,7 @@ def test_damaged_weights_are_one_line(start, inputs, tmp_path):
     shutil.copytree(inputs["model"], damaged)
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    for stage, parameter in (("prune", "model_id"), ("quantize", "model_dir"), ("evaluate", "model_dir")):
+    for stage, parameter in (("prune", "dense_model"), ("quantize", "model_dir"), ("evaluate", "model_dir")):
         ended = start(stage, {parameter: str(damaged)})
         assert_refused(ended, f"{damaged} holds weights that cannot be read", tmp_path, left=("damaged",))
 

@@ -87,8 +87,8 @@ def test_a_stage_never_imports_another_stage():
 
 
 def test_core_imports_no_stage():
-    core = sorted((COMPONENTS / "core").glob("*.py"))
-    assert core
+    core = sorted((COMPONENTS / "core").rglob("*.py"))
+    assert {"core", "checkpoint", "mask", "storage"} <= {file.parent.name for file in core}
     assert violations(core, lambda _, name: any(belongs(name, f"components.{stage}") for stage in STAGES)) == []
 
 
@@ -125,6 +125,23 @@ def test_an_entry_point_is_short_and_runs_nothing_at_import(stage):
     assert all(
         isinstance(node, harmless) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in rest
     )
+
+
+@pytest.mark.parametrize("module", ["history", "mask.file", "checkpoint.files", "storage", "settings"])
+def test_what_knows_no_weights_needs_neither_torch_nor_a_stage(module):
+    code = f"import sys, components.core.{module}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert not {"torch", "transformers", "datasets", "kfp", *(f"components.{stage}" for stage in STAGES)} & loaded
+
+
+@pytest.mark.parametrize(("folders", "limit"), [(("components", "pipelines", "docker"), 300), (("tests",), 450)])
+def test_no_file_is_too_long_to_have_one_subject(folders, limit):
+    lengths = {
+        file: len(file.read_text(encoding="utf-8").splitlines()) for name in folders for file in (ROOT / name).rglob("*.py")
+    }
+    assert len(lengths) > 5 * len(folders)
+    assert {file: length for file, length in lengths.items() if length > limit} == {}
 
 
 def test_settings_are_read_without_torch():

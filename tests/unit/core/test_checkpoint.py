@@ -10,28 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.core.checkpoint import (
-    HISTORY_FILE,
-    INDEX_FILE,
-    QUANTO_FILE,
-    WEIGHTS_FILE,
-    check_checkpoint,
-    check_dense,
-    check_seq_len,
-    empty_model,
-    known_perplexity,
-    load_model,
-    load_tokenizer,
-    read_history,
-    save_checkpoint,
-    stats_file,
-    weight_bytes,
-    weight_files,
-    write_history,
-)
-from components.core.mask import Mask, save_mask
-from components.core.mask_file import MASK_FILE
-from components.core.record import StageRecord
+from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len
+from components.core.checkpoint.files import INDEX_FILE, QUANTO_FILE, WEIGHTS_FILE, weight_bytes, weight_files
+from components.core.checkpoint.loading import empty_model, load_model, load_tokenizer
+from components.core.checkpoint.saving import save_checkpoint
+from components.core.mask.file import MASK_FILE
+from components.core.mask.mask import Mask, save_mask
 from tests.conftest import save_tiny, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -234,70 +218,6 @@ def test_quantized_checkpoints_are_not_dense(changed):
     config.quantization_config = {"quant_method": "compressed-tensors"}
     with pytest.raises(ValueError, match="must not be quantized yet"):
         check_dense("model_id", changed, config)
-
-
-def test_a_history_begins_at_the_folder_itself(checkpoint):
-    assert read_history(checkpoint) == {"format": 1, "source": {"model_id": str(checkpoint), "revision": None}, "steps": []}
-
-
-def test_history_grows_by_one_step_a_stage(checkpoint, tmp_path):
-    history = {"format": 1, "source": {"model_id": "owner/name", "revision": "abc"}, "steps": []}
-    folders = []
-    for number, stage in enumerate(("fetch", "prune", "distill")):
-        folder = Path(shutil.copytree(checkpoint, tmp_path / stage))
-        record = StageRecord(stage, {"number": number}, measured={"perplexity": 2.0 + number}, versions={"torch": "2"})
-        record.sparse_integrity_check = {"passed": True} if number else None
-        record.details["steps"] = [1, 2, 3]
-        write_history(folder, history, record)
-        history = read_history(folder)
-        folders.append(folder)
-    assert history["source"] == {"model_id": "owner/name", "revision": "abc"}
-    assert [step["stage"] for step in history["steps"]] == ["fetch", "prune", "distill"]
-    assert history["steps"][2] == {
-        "stage": "distill",
-        "parameters": {"number": 2},
-        "measured": {"perplexity": 4.0, "bytes": weight_bytes(folders[2])},
-        "sparse_integrity_check": {"passed": True},
-        "versions": {"torch": "2"},
-    }
-    assert [len(read_history(folder)["steps"]) for folder in folders] == [1, 2, 3]
-    stats = StageRecord.load(folders[2] / stats_file("distill"))
-    assert stats.summary() == history["steps"][2]
-    assert stats.details == {"steps": [1, 2, 3]}
-    assert json.loads((folders[2] / "distill_stats.json").read_text())["sparse_integrity_check"] == {"passed": True}
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '{"source": {}}', "{"])
-def test_a_history_of_another_form_is_refused(changed, content):
-    (changed / HISTORY_FILE).write_text(content)
-    with pytest.raises(ValueError, match=HISTORY_FILE):
-        read_history(changed)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_record_with_what_is_not_finite_is_refused(changed, value):
-    before = {file.name for file in changed.iterdir()}
-    record = StageRecord("prune", {}, measured={"perplexity": value})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_history(changed, read_history(changed), record)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        record.save(changed / "prune_stats.json")
-    assert {file.name for file in changed.iterdir()} == before
-
-
-def test_a_file_that_is_no_record_is_refused(tmp_path):
-    (tmp_path / "a.json").write_text('{"stage": "prune", "unknown": 1}')
-    with pytest.raises(ValueError, match=r"a\.json must be a stage record"):
-        StageRecord.load(tmp_path / "a.json")
-
-
-def test_a_perplexity_is_known_for_its_own_text_alone():
-    measured = {"perplexity": 3.5, "perplexity_text": "this"}
-    history = {"steps": [{"measured": {"perplexity": 9.0, "perplexity_text": "that"}}, {"measured": measured}]}
-    assert known_perplexity(history, "this") == 3.5
-    assert known_perplexity(history, "that") is None
-    assert known_perplexity({"steps": []}, "this") is None
-    assert known_perplexity({"steps": [{"measured": {}}]}, "this") is None
 
 
 def test_a_checkpoint_of_each_kind_round_trips_twice(tmp_path):

@@ -11,20 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from components.core.mask import (
-    FORMAT,
-    Mask,
-    SparsityError,
-    apply_mask,
-    check_fits,
-    enforce,
-    integrity,
-    load_mask,
-    pruned_count,
-    save_mask,
-    weight_shapes,
-)
-from components.core.mask_file import MASK_FILE, OLD_MASK_FILE
+from components.core.mask.file import MASK_FILE, OLD_MASK_FILE
+from components.core.mask.integrity import SparsityError, apply_mask, enforce, integrity
+from components.core.mask.mask import FORMAT, Mask, load_mask, pruned_count, save_mask
+from components.core.mask.prunable import check_fits, weight_shapes
 from tests.conftest import tiny_model
 
 

@@ -3,6 +3,7 @@
 The hub is a small server on this machine; the stages run in a process of their own that is pointed at it.
 """
 
+import functools
 import json
 import os
 import socket
@@ -281,7 +282,7 @@ def test_without_the_network_a_hub_model_is_refused_with_what_to_do():
 
 @pytest.mark.parametrize("model_id", ["gpt2", "owner/name", "owner/name@v1.0", "owner/name@" + MAIN, SMOLLM2])
 def test_good_model_ids_pass_without_the_network(model_id):
-    check_model_id(model_id)
+    check_model_id("model_id", model_id)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +299,7 @@ def test_good_model_ids_pass_without_the_network(model_id):
 )
 def test_wrong_model_ids_are_refused(tmp_path, monkeypatch, model_id, rule):
     monkeypatch.chdir(tmp_path)
-    for call in (check_model_id, resolve_model, local_folder):
+    for call in (functools.partial(check_model_id, "model_id"), resolve_model, local_folder):
         with pytest.raises(ValueError) as caught:  # noqa: PT011 (the whole message is compared)
             call(model_id)
         assert str(caught.value) == rule

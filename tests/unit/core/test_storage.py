@@ -19,7 +19,8 @@ from gcp_storage_emulator.server import create_server
 from moto.server import ThreadedMotoServer
 
 from components.core import storage
-from components.core.storage_base import CHUNK
+from components.core.storage.base import CHUNK
+from components.core.storage.place import open_store
 
 ROOT = Path(__file__).parents[3]
 SCHEMES = ["folder", "gs", "s3", "minio"]
@@ -224,7 +225,7 @@ def test_a_place_that_can_be_written_is_left_as_it_was(place, tmp_path):
     storage.check_writable("handover", place)
     assert not (tmp_path / "mounted").exists()
     if "://" in place:
-        assert storage._open(place).list() == {}
+        assert open_store(place).list() == {}
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
@@ -363,7 +364,7 @@ def test_a_killed_upload_is_not_complete_and_the_next_one_is(scheme, connect, pr
 
 @pytest.mark.parametrize(("scheme", "library", "extra"), [("gs", "google.cloud.storage", "gcs"), ("minio", "s3fs", "s3")])
 def test_a_missing_library_is_told_with_its_extra(scheme, library, extra, monkeypatch):
-    monkeypatch.delitem(sys.modules, f"components.core.storage_{extra}", raising=False)
+    monkeypatch.delitem(sys.modules, f"components.core.storage.{extra}", raising=False)
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=rf"{scheme}:// needs pip install 'sparse-distill\[{extra}\]'"):
         storage.is_complete(f"{scheme}://bucket/x")

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from components.core.mask import integrity, load_mask
-from components.core.mask_file import MASK_FILE
+from components.core.mask.file import MASK_FILE
+from components.core.mask.integrity import integrity
+from components.core.mask.mask import load_mask
 from components.distill.config import DistillConfig
 from components.distill.launch import command
 from components.distill.resume import newest
@@ -242,4 +243,4 @@ def test_stage_3_and_unknown_backends_are_refused(folder, tmp_path):
         ({"master_port": 0}, "master_port must be in"),
     ):
         with pytest.raises(ValueError, match=message):
-            DistillConfig(**plain, **changes)
+            DistillConfig(**plain, **changes).check_environment()

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from components.core.checkpoint import read_history
-from components.core.mask import SparsityError, integrity, load_mask
-from components.core.mask_file import MASK_FILE
+from components.core.history import read_history
+from components.core.mask.file import MASK_FILE
+from components.core.mask.integrity import SparsityError, integrity
+from components.core.mask.mask import load_mask
 from components.distill import backends
 from components.distill.backends import SingleProcess
 from components.distill.config import DistillConfig
@@ -33,7 +34,7 @@ def pruned(tmp_path_factory, corpus):
     save_tiny(folder / "dense", "qwen3", tied=True)
     prune(
         PruneConfig(
-            model_id=str(folder / "dense"),
+            dense_model=str(folder / "dense"),
             output_dir=str(folder / "pruned"),
             calibration_data=str(corpus),
             eval_data=str(corpus),

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from components.core.mask import load_mask
+from components.core.mask.mask import load_mask
 from components.distill.stage import run, training_blocks
 from components.distill.teacher import Teacher
 from tests.conftest import save_tiny, tiny_model, tiny_tokenizer

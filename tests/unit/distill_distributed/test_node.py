@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from components.core import storage
-from components.core.checkpoint import read_history
 from components.core.files import read_json
-from components.core.mask_file import find_mask, fingerprint_of_file
+from components.core.history import read_history
+from components.core.mask.file import find_mask, fingerprint_of_file
+from components.core.storage.place import COMPLETE
 from components.distill_distributed import node
 from tests.conftest import save_pruned
 
@@ -90,7 +91,7 @@ def test_a_failure_of_the_training_is_that_of_the_node(place, tmp_path):
 
 
 def test_an_input_that_is_not_whole_stops_a_node(place, tmp_path):
-    Path(place, "inputs", "student_model", storage.COMPLETE).unlink()
+    Path(place, "inputs", "student_model", COMPLETE).unlink()
     node = start(place, tmp_path / "scratch")
     log = node.communicate(timeout=120)[0]
     assert node.returncode == 2, log

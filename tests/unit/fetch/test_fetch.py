@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from components.core.mask import Mask, save_mask
-from components.core.mask_file import MASK_FILE
+from components.core.mask.file import MASK_FILE
+from components.core.mask.mask import Mask, save_mask
 from components.core.models import resolve_model
 from components.fetch.config import FetchConfig
 from components.fetch.stage import run
@@ -200,4 +200,4 @@ def test_a_copy_that_fails_half_way_leaves_nothing(source, output, monkeypatch):
 )
 def test_wrong_settings_are_refused(output, settings, rule):
     with pytest.raises(ValueError, match=rule):
-        FetchConfig(**{"model_id": "owner/name", "output_dir": str(output), **settings})
+        FetchConfig(**{"model_id": "owner/name", "output_dir": str(output), **settings}).check_environment()

@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Qwen3Config
 
-from components.core.checkpoint import read_history
-from components.core.mask import load_mask, pruned_count
-from components.prune.calibration import advance, batch_size, hessians, record
+from components.core.history import read_history
+from components.core.mask.mask import load_mask, pruned_count
+from components.prune.calibration import advance, batch_size, capture, hessians
 from components.prune.config import PruneConfig
 from components.prune.stage import prune_model, run
 from components.prune.structure import check_blocks, find_blocks, linears
@@ -20,7 +20,7 @@ def ids(count: int, seq_len: int) -> torch.Tensor:
 
 
 def settings(**changes) -> PruneConfig:
-    plain = {"model_id": "builtin:smollm2-135m", "output_dir": "/nowhere/new", "eval_data": "builtin:python-docs"}
+    plain = {"dense_model": "builtin:smollm2-135m", "output_dir": "/nowhere/new", "eval_data": "builtin:python-docs"}
     return PruneConfig(**(plain | {"calibration_data": "builtin:python-docs"} | changes))
 
 
@@ -57,7 +57,7 @@ def test_replaying_the_blocks_gives_the_models_own_hidden_states(model, make):
     model = make() if make else model
     tokens = ids(6, 24)
     _, blocks = find_blocks(model)
-    batches = record(model, blocks, tokens)
+    batches = capture(model, blocks, tokens)
     with torch.no_grad():
         for index, block in enumerate(blocks):
             advance(block, batches, index)
@@ -79,7 +79,7 @@ def test_hessian_is_that_of_the_inputs_and_shared(model):
         model(input_ids=tokens)
     for hook in hooks:
         hook.remove()
-    found = hessians(blocks[0], record(model, blocks, tokens), 0, "block")
+    found = hessians(blocks[0], capture(model, blocks, tokens), 0, "block")
     for name in linears(blocks[0]):
         rows = seen[name].flatten(0, 1)
         torch.testing.assert_close(found[name], 2 / rows.shape[0] * rows.T @ rows, rtol=1e-4, atol=1e-5)
@@ -141,7 +141,7 @@ def test_stage_writes_checkpoint_mask_and_history(tmp_path, corpus, capsys, kind
     dense = save_tiny(tmp_path / "dense", kind, tied)
     record = run(
         PruneConfig(
-            model_id=str(dense),
+            dense_model=str(dense),
             output_dir=str(tmp_path / "out"),
             calibration_data=str(corpus),
             eval_data=str(corpus),
@@ -167,7 +167,7 @@ def test_stage_writes_checkpoint_mask_and_history(tmp_path, corpus, capsys, kind
 
 def test_skipping_perplexity_needs_no_evaluation_text(tmp_path, corpus, capsys):
     dense = save_tiny(tmp_path / "dense")
-    common = {"model_id": str(dense), "calibration_data": str(corpus), "nsamples": 2, "seq_len": 16}
+    common = {"dense_model": str(dense), "calibration_data": str(corpus), "nsamples": 2, "seq_len": 16}
     record = run(PruneConfig(output_dir=str(tmp_path / "out"), skip_ppl_eval=True, pattern="2:4", sparsity=0.5, **common))
     assert "[PPL]" not in capsys.readouterr().out
     assert "perplexity" not in record.measured
@@ -178,7 +178,7 @@ def test_half_precision_weights_stay_exact_zeros(tmp_path, corpus):
     dense = save_tiny(tmp_path / "dense")
     run(
         PruneConfig(
-            model_id=str(dense),
+            dense_model=str(dense),
             output_dir=str(tmp_path / "out"),
             calibration_data=str(corpus),
             nsamples=2,
@@ -195,7 +195,7 @@ def test_half_precision_weights_stay_exact_zeros(tmp_path, corpus):
 
 def test_experts_that_see_no_token_are_an_error(model):
     _, blocks = find_blocks(model)
-    batches = record(model, blocks, ids(1, 4))
+    batches = capture(model, blocks, ids(1, 4))
     blocks[0].idle = nn.Linear(64, 64)
     with pytest.raises(ValueError, match="idle saw none"):
         hessians(blocks[0], batches, 0, "block")

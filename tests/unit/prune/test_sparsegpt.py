@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from components.core.mask import pruned_count
+from components.core.mask.mask import pruned_count
 from components.prune.magnitude import magnitude
 from components.prune.sparsegpt import sparsegpt
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from components.core.record import StageRecord
+from components.core.history import StageRecord
 from components.report.config import ReportConfig
 from components.report.stage import run as report
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from kfp.dsl import Artifact, Metrics, Model
 
-from components.core.record import StageRecord
+from components.core.history import StageRecord
 from components.publish.component import publish
 from tests.unit.publish.conftest import DENSE, FP8
 

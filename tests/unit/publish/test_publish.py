@@ -177,7 +177,7 @@ WRONG = [
 @pytest.mark.parametrize(("changes", "line"), WRONG, ids=[str(changes) for changes, _ in WRONG])
 def test_a_wrong_setting_is_told_by_name(settings, changes, line):
     with pytest.raises(ValueError, match=line):
-        PublishConfig(**settings | changes)
+        PublishConfig(**settings | changes).check_environment()
 
 
 def test_two_models_of_one_format_are_refused(settings, tmp_path):

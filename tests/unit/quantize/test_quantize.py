@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from components.core.checkpoint import dequantize, load_model, read_history
-from components.core.mask import Mask, SparsityError, save_mask
+from components.core.checkpoint.loading import dequantize, load_model
+from components.core.history import read_history
+from components.core.mask.integrity import SparsityError
+from components.core.mask.mask import Mask, save_mask
 from components.quantize import stage
 from components.quantize.config import QuantizeConfig
 from components.quantize.stage import run
@@ -62,7 +64,7 @@ def test_reloads_equal_in_a_fresh_process(sparse, corpus, tmp_path, capsys, form
         QuantizeConfig(model_dir=str(sparse), output_dir=str(tmp_path / "out"), format=format, eval_data=str(corpus), **COMMON)
     )
     assert f"[PPL] after_quantization={record.measured['perplexity']:.4f}" in capsys.readouterr().out
-    assert record.measured["backend"] == "optimum-quanto"
+    assert record.measured["engine"] == "optimum-quanto"
     assert record.sparse_integrity_check["passed"]
     assert read_history(tmp_path / "out")["steps"][-1]["parameters"]["format"] == format
     check(tmp_path / "out", sparse, record, corpus)
@@ -84,7 +86,7 @@ def test_dequantized_for_a_gpu_it_is_the_same_model(sparse, tmp_path, format):
 def test_int8_works_without_quanto(sparse, corpus, tmp_path, no_quanto):
     config = QuantizeConfig(model_dir=str(sparse), output_dir=str(tmp_path / "out"), eval_data=str(corpus), **COMMON)
     record = run(config)
-    assert record.measured["backend"] == "compressed-tensors"
+    assert record.measured["engine"] == "compressed-tensors"
     quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert quantization["quant_method"] == "compressed-tensors"
     assert "sparsity_config" not in quantization

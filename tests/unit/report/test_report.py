@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from components.core.record import StageRecord
+from components.core.history import REPORT_PAGE, REPORT_SUMMARY, StageRecord
 from components.report import text
 from components.report.config import ReportConfig, record_files
 from components.report.plots import POINTS, draw
-from components.report.stage import PAGE_FILE, SUMMARY_FILE, run
+from components.report.stage import run
 from components.report.summary import order, summarize
 
 TEXT = "f" * 64
@@ -52,7 +52,7 @@ def full() -> Records:
         },
         "sparse": {
             "stage": "prune",
-            "parameters": {"model_id": "/somewhere/dense", "sparsity": 0.7},
+            "parameters": {"dense_model": "/somewhere/dense", "sparsity": 0.7},
             "measured": {
                 "perplexity_before": 20.25,
                 "perplexity": 90.75,
@@ -123,8 +123,8 @@ def report(tmp_path: Path) -> Report:
 
     def make(records: Records) -> tuple[str, dict[str, Any], StageRecord]:
         result = run(ReportConfig(records=write(records, tmp_path / "in"), output_dir=str(tmp_path / "out")))
-        page = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
-        return page, json.loads((tmp_path / "out" / SUMMARY_FILE).read_text()), result
+        page = (tmp_path / "out" / REPORT_PAGE).read_text(encoding="utf-8")
+        return page, json.loads((tmp_path / "out" / REPORT_SUMMARY).read_text()), result
 
     return make
 
@@ -219,7 +219,7 @@ def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     folders = write(full(), tmp_path)
     for name in ("a", "b"):
         run(ReportConfig(records=folders, output_dir=str(tmp_path / name)))
-    for file in (PAGE_FILE, SUMMARY_FILE):
+    for file in (REPORT_PAGE, REPORT_SUMMARY):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
@@ -276,7 +276,7 @@ def test_source_comes_from_a_checkpoints_history(tmp_path: Path) -> None:
     history = {"format": 1, "source": {"model_id": "hub/name", "revision": "def456"}, "steps": []}
     (Path(folder) / "compression.json").write_text(json.dumps(history))
     run(ReportConfig(records=[folder], output_dir=str(tmp_path / "out")))
-    summary = json.loads((tmp_path / "out" / SUMMARY_FILE).read_text())
+    summary = json.loads((tmp_path / "out" / REPORT_SUMMARY).read_text())
     assert (summary["model_id"], summary["revision"]) == ("hub/name", "def456")
 
 
@@ -362,7 +362,7 @@ def test_records_name_files_or_folders_once(tmp_path: Path) -> None:
 def test_the_same_record_from_two_folders_counts_once(tmp_path: Path) -> None:
     records = {"sparse": full()["sparse"], "copy": full()["sparse"]}
     run(ReportConfig(records=write(records, tmp_path), output_dir=str(tmp_path / "out")))
-    rows = json.loads((tmp_path / "out" / SUMMARY_FILE).read_text())["rows"]
+    rows = json.loads((tmp_path / "out" / REPORT_SUMMARY).read_text())["rows"]
     assert [row["name"] for row in rows] == ["dense", "pruned"]
 
 
@@ -384,7 +384,7 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
         ([good], new, " ", "title must be given"),
     ):
         with pytest.raises(ValueError, match=message):
-            ReportConfig(records=records, output_dir=output_dir, title=title)
+            ReportConfig(records=records, output_dir=output_dir, title=title).check_environment()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from google.cloud.storage import Blob, transfer_manager
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from google.cloud.storage.retry import DEFAULT_RETRY
 
-from components.core.storage_base import CHUNK, WORKERS, Held, split
+from components.core.storage.base import CHUNK, WORKERS, Held, split
 
 
 def open_store(_: str, bucket: str, prefix: str) -> "GcsStore":
@@ -27,7 +27,7 @@ def open_store(_: str, bucket: str, prefix: str) -> "GcsStore":
 
 
 class GcsStore:
-    """See `components.core.storage_base.Store`."""
+    """See `components.core.storage.base.Store`."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.place = f"gs://{bucket}/{prefix}"

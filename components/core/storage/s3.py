@@ -12,7 +12,7 @@ from pathlib import Path
 import s3fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
-from components.core.storage_base import CHUNK, WORKERS, Held, split
+from components.core.storage.base import CHUNK, WORKERS, Held, split
 
 _MINIO = "http://minio-service.kubeflow:9000"  # where Kubeflow Pipelines runs its own
 
@@ -29,7 +29,7 @@ def open_store(scheme: str, bucket: str, prefix: str) -> "S3Store":
 
 
 class S3Store:
-    """See `components.core.storage_base.Store`."""
+    """See `components.core.storage.base.Store`."""
 
     def __init__(self, place: str, root: str, **server: str | None) -> None:
         self.place, self.root = place, root

@@ -1,4 +1,8 @@
-"""What a stage did and measured: kept in `compression.json`, in `<stage>_stats.json` and shown by the report."""
+"""What was done to a model: each stage's record, and the model's history, which is the records of all stages in order.
+
+A record is kept whole in `<stage>_stats.json`; its summary is the last step of the history in `compression.json`, which also
+names the model's source. The report and the publish stage read nothing else, and so nothing here needs torch.
+"""
 
 import importlib.metadata
 import platform
@@ -9,8 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from components.core.checkpoint.files import weight_bytes
 from components.core.files import read_json, write_json
 
+HISTORY_FILE = "compression.json"
+REPORT_PAGE, REPORT_SUMMARY = "report.html", "summary.json"  # what the report stage writes and the publish stage uploads
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "safetensors", "optimum-quanto", "compressed-tensors", "kfp")
 
 
@@ -51,6 +58,38 @@ class StageRecord:
             raise ValueError(f"{path} must be a stage record: {error}") from error
 
 
+def read_history(folder: str | Path) -> dict[str, Any]:
+    """The content of `compression.json`; for a checkpoint from elsewhere, a history that begins with this folder."""
+    path = Path(folder) / HISTORY_FILE
+    if path.is_file():
+        history = read_json(path)
+        if not isinstance(history, dict) or not {"source", "steps"} <= history.keys():
+            raise ValueError(f"{path} must have 'source' and 'steps'")
+        return history
+    return {"format": 1, "source": {"model_id": str(folder), "revision": None}, "steps": []}
+
+
+def write_history(folder: Path, history: dict[str, Any], record: StageRecord) -> None:
+    """Write `compression.json` with the record's summary as the last step, and the whole record beside it.
+
+    Adds `bytes`, those of the folder's weights, to the record's measurements.
+    """
+    record.measured["bytes"] = weight_bytes(folder)
+    write_json(folder / HISTORY_FILE, history | {"steps": [*history["steps"], record.summary()]})
+    record.save(folder / stats_file(record.stage))
+
+
+def stats_file(stage: str) -> str:
+    """Name of a stage's record in its output folder, e.g. `distill_stats.json`."""
+    return f"{stage}_stats.json"
+
+
+def known_perplexity(history: dict[str, Any], text: str) -> float | None:
+    """The perplexity that the model's last step measured, if it was on the same text; nothing is measured twice."""
+    measured = history["steps"][-1]["measured"] if history["steps"] else {}
+    return measured.get("perplexity") if measured.get("perplexity_text") == text else None
+
+
 class Stopwatch:
     """Seconds and peak memory since it was made."""
 
@@ -88,7 +127,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def publish(record: StageRecord, metrics: Any, stats_path: str = "") -> None:
+def log_metrics(record: StageRecord, metrics: Any, stats_path: str = "") -> None:
     """Log a record's numbers to a KFP `Metrics` artifact and, where there is a `stats_path`, write the whole record there."""
     for name, value in record.measured.items():
         if isinstance(value, int | float):

@@ -23,14 +23,15 @@ import google_crc32c
 
 from components.core.files import check_new, new_directory
 from components.core.progress import log
-from components.core.storage_base import WORKERS, FolderStore, Held, Store
+from components.core.storage.base import WORKERS, Held, Store
+from components.core.storage.folder import FolderStore
 
 COMPLETE = "complete.json"
 _PIECE = 2**20
 _BUCKETS = {  # scheme: module of its store, extra that installs it
-    "gs": ("components.core.storage_gcs", "gcs"),
-    "s3": ("components.core.storage_s3", "s3"),
-    "minio": ("components.core.storage_s3", "s3"),
+    "gs": ("components.core.storage.gcs", "gcs"),
+    "s3": ("components.core.storage.s3", "s3"),
+    "minio": ("components.core.storage.s3", "s3"),
 }
 
 
@@ -70,7 +71,7 @@ def check_writable(parameter: str, place: str) -> None:
         if "://" not in place:
             _check_writable_folder(Path(place))
             return
-        store, name = _open(place), f".writable-{uuid.uuid4().hex}"
+        store, name = open_store(place), f".writable-{uuid.uuid4().hex}"
         store.write(name, b"")
         store.delete([name])
     except (ValueError, OSError) as error:
@@ -94,7 +95,7 @@ def upload(folder: Path, place: str) -> None:
         raise ValueError(f"folder must hold files, none of them {COMPLETE}, got {folder}")
     if is_complete(place):
         raise ValueError(f"place must not be complete yet, got {place}")
-    store = _open(place)
+    store = open_store(place)
     rest = store.list()
     if whole := [name for name in rest if name.endswith(f"/{COMPLETE}")]:
         raise ValueError(f"place must not hold other places that are complete, got {place} with {whole[0]}")
@@ -118,7 +119,7 @@ def download(place: str, folder: Path) -> None:
         OSError: the place could not be read, after the retries of its library.
     """
     check_place("place", place)
-    store = _open(place)
+    store = open_store(place)
     try:
         sums = _parse(store.read(COMPLETE), place)
     except FileNotFoundError as error:
@@ -140,7 +141,7 @@ def is_complete(place: str) -> bool:
     """Whether an upload to the place came to its end."""
     check_place("place", place)
     try:
-        _open(place).read(COMPLETE)
+        open_store(place).read(COMPLETE)
     except FileNotFoundError:
         return False
     return True
@@ -150,7 +151,7 @@ def write_bytes(place: str, data: bytes) -> None:
     """Write one small object, over an earlier one."""
     check_place("place", place)
     parent, _, name = place.rpartition("/")
-    _open(parent).write(name, data)
+    open_store(parent).write(name, data)
 
 
 def read_bytes(place: str) -> bytes:
@@ -161,17 +162,17 @@ def read_bytes(place: str) -> bytes:
     """
     check_place("place", place)
     parent, _, name = place.rpartition("/")
-    return _open(parent).read(name)
+    return open_store(parent).read(name)
 
 
 def remove(place: str) -> None:
     """Delete everything under a place; each `complete.json` first, so that what is left after a failure is not complete."""
     check_place("place", place)
-    store = _open(place)
+    store = open_store(place)
     store.delete(sorted(store.list(), key=lambda name: PurePosixPath(name).name != COMPLETE))
 
 
-def _open(place: str) -> Store:
+def open_store(place: str) -> Store:
     """The store of a place; imports the client library of its scheme and no other."""
     scheme, found, path = place.partition("://")
     if not found:

@@ -5,26 +5,20 @@ lowest bit, the last byte padded with zeros. The file's metadata holds the shape
 """
 
 import json
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from components.core.checks import parse_pattern
 from components.core.files import new_file
-from components.core.mask_file import find_mask, fingerprint
+from components.core.mask.file import find_mask, fingerprint
 
 FORMAT = "sparsity-mask-1"
-
-
-class SparsityError(ValueError):
-    """A weight outside the mask is not zero, or the mask does not have the sparsity that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -135,106 +129,3 @@ def _load_old(file: Path) -> Mask:
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
             raise ValueError(f"mask_file must be a dictionary of bool tensors, {name} is not one")
     return Mask(content)
-
-
-def check_fits(mask: Mask, shapes: Mapping[str, Iterable[int]]) -> None:
-    """Check that a mask belongs to a model with weights of these shapes.
-
-    Raises:
-        ValueError: a masked tensor is missing in the model or has another shape; names it.
-    """
-    if not mask.tensors:
-        raise ValueError("mask_file must mask at least one tensor, got none")
-    for name, tensor in mask.tensors.items():
-        if name not in shapes:
-            raise ValueError(f"mask_file must match the model: it masks {name}, which the model does not have")
-        if list(tensor.shape) != list(shapes[name]):
-            raise ValueError(
-                f"mask_file must match the model: {name} is {list(shapes[name])} there and {list(tensor.shape)} in the mask"
-            )
-
-
-def weight_shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Name → shape of every parameter."""
-    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def head_name(model: Any) -> str:
-    """Name of the module that makes the logits."""
-    head = model.get_output_embeddings()
-    return next(str(name) for name, module in model.named_modules() if module is head)
-
-
-def prunable_weights(model: Any) -> dict[str, Tensor]:
-    """What is pruned, trained and quantized: the weights of all linears but the head, by name."""
-    head = head_name(model)
-    return {
-        f"{name}.weight": module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != head
-    }
-
-
-def check_mask(mask: Mask, model: Any) -> None:
-    """Check that a mask belongs to a model and masks nothing but linears outside the head. Raises ValueError."""
-    check_fits(mask, weight_shapes(model))
-    for name in sorted(mask.tensors.keys() - prunable_weights(model).keys()):
-        raise ValueError(f"mask_file must mask linear layers other than the head, got {name}")
-
-
-def integrity(weights: Mapping[str, Tensor], mask: Mask, eps: float = 0.0) -> dict[str, Any]:
-    """Check the invariant: every weight outside the mask is zero and the mask has the sparsity asked for.
-
-    Args:
-        weights: name → weight, or its quantized data, [*shape of the mask].
-        mask: what must be zero.
-        eps: a magnitude up to this counts as zero.
-
-    Returns:
-        `passed`, `sparsity` (of the mask), `violations` (weights outside the mask above eps, or not finite), `max_abs` (the
-        largest of them), `eps`, and `tensors`, which holds, for each tensor with a fault, what is wrong with it; a kept
-        weight that is not finite is a fault too.
-    """
-    tensors: dict[str, dict[str, Any]] = {}
-    violations, largest = 0, 0.0
-    for name, kept in mask.tensors.items():
-        outside = weights[name].detach()[~kept.to(weights[name].device)].float().abs()
-        wrong = outside[~(outside <= eps)]  # NaN is wrong too
-        if wrong.numel():
-            size = float(wrong.nan_to_num(nan=float(torch.finfo().max), posinf=float(torch.finfo().max)).max())
-            tensors[name] = {"violations": wrong.numel(), "max_abs": size}
-            violations, largest = violations + wrong.numel(), max(largest, size)
-        broken = weights[name].numel() - int(torch.isfinite(weights[name].detach().float()).sum())
-        if broken:
-            tensors.setdefault(name, {})["not_finite"] = broken
-        expected = None if mask.sparsity is None else pruned_count(mask.sparsity, kept.numel())
-        pruned = kept.numel() - int(kept.sum())
-        if expected is not None and pruned != expected:
-            tensors.setdefault(name, {}).update({"pruned": pruned, "asked_for": expected})
-    return {
-        "passed": not tensors,
-        "sparsity": mask.realised_sparsity(),
-        "violations": violations,
-        "max_abs": largest,
-        "eps": eps,
-        "tensors": tensors,
-    }
-
-
-def enforce(result: dict[str, Any]) -> None:
-    """Raise `SparsityError` if an `integrity` result did not pass; names the worst tensor, how many and how large."""
-    if result["passed"]:
-        return
-    name, found = max(result["tensors"].items(), key=lambda entry: entry[1].get("violations", 0))
-    raise SparsityError(
-        f"the model must be finite, and zero outside its mask: {result['violations']} weights are not "
-        f"(largest {result['max_abs']:.3g}), "
-        f"in {len(result['tensors'])} tensors, the worst being {name}: {found}"
-    )
-
-
-@torch.no_grad()
-def apply_mask(weights: Mapping[str, Tensor], mask: Mask) -> None:
-    """Set every weight outside the mask to zero, in place; also where it is NaN or infinite."""
-    for name, kept in mask.tensors.items():
-        weights[name].masked_fill_(~kept.to(weights[name].device), 0)

@@ -1,0 +1,71 @@
+"""The invariant: every weight outside the mask is exactly zero, and the mask has the sparsity that was asked for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.core.mask.mask import Mask, pruned_count
+
+
+class SparsityError(ValueError):
+    """A weight outside the mask is not zero, or the mask does not have the sparsity that was asked for."""
+
+
+def integrity(weights: Mapping[str, Tensor], mask: Mask, eps: float = 0.0) -> dict[str, Any]:
+    """Check the invariant: every weight outside the mask is zero and the mask has the sparsity asked for.
+
+    Args:
+        weights: name → weight, or its quantized data, [*shape of the mask].
+        mask: what must be zero.
+        eps: a magnitude up to this counts as zero.
+
+    Returns:
+        `passed`, `sparsity` (of the mask), `violations` (weights outside the mask above eps, or not finite), `max_abs` (the
+        largest of them), `eps`, and `tensors`, which holds, for each tensor with a fault, what is wrong with it; a kept
+        weight that is not finite is a fault too.
+    """
+    tensors: dict[str, dict[str, Any]] = {}
+    violations, largest = 0, 0.0
+    for name, kept in mask.tensors.items():
+        outside = weights[name].detach()[~kept.to(weights[name].device)].float().abs()
+        wrong = outside[~(outside <= eps)]  # NaN is wrong too
+        if wrong.numel():
+            size = float(wrong.nan_to_num(nan=float(torch.finfo().max), posinf=float(torch.finfo().max)).max())
+            tensors[name] = {"violations": wrong.numel(), "max_abs": size}
+            violations, largest = violations + wrong.numel(), max(largest, size)
+        broken = weights[name].numel() - int(torch.isfinite(weights[name].detach().float()).sum())
+        if broken:
+            tensors.setdefault(name, {})["not_finite"] = broken
+        expected = None if mask.sparsity is None else pruned_count(mask.sparsity, kept.numel())
+        pruned = kept.numel() - int(kept.sum())
+        if expected is not None and pruned != expected:
+            tensors.setdefault(name, {}).update({"pruned": pruned, "asked_for": expected})
+    return {
+        "passed": not tensors,
+        "sparsity": mask.realised_sparsity(),
+        "violations": violations,
+        "max_abs": largest,
+        "eps": eps,
+        "tensors": tensors,
+    }
+
+
+def enforce(result: dict[str, Any]) -> None:
+    """Raise `SparsityError` if an `integrity` result did not pass; names the worst tensor, how many and how large."""
+    if result["passed"]:
+        return
+    name, found = max(result["tensors"].items(), key=lambda entry: entry[1].get("violations", 0))
+    raise SparsityError(
+        f"the model must be finite, and zero outside its mask: {result['violations']} weights are not "
+        f"(largest {result['max_abs']:.3g}), "
+        f"in {len(result['tensors'])} tensors, the worst being {name}: {found}"
+    )
+
+
+@torch.no_grad()
+def apply_mask(weights: Mapping[str, Tensor], mask: Mask) -> None:
+    """Set every weight outside the mask to zero, in place; also where it is NaN or infinite."""
+    for name, kept in mask.tensors.items():
+        weights[name].masked_fill_(~kept.to(weights[name].device), 0)

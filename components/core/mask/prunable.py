@@ -1,0 +1,53 @@
+"""What of a model is pruned, trained under the mask and quantized: its linear layers, all but the head."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from components.core.mask.mask import Mask
+
+
+def head_name(model: Any) -> str:
+    """Name of the module that makes the logits."""
+    head = model.get_output_embeddings()
+    return next(str(name) for name, module in model.named_modules() if module is head)
+
+
+def prunable_weights(model: Any) -> dict[str, Tensor]:
+    """What is pruned, trained and quantized: the weights of all linears but the head, by name."""
+    head = head_name(model)
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != head
+    }
+
+
+def weight_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Name → shape of every parameter."""
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def check_mask(mask: Mask, model: Any) -> None:
+    """Check that a mask belongs to a model and masks nothing but linears outside the head. Raises ValueError."""
+    check_fits(mask, weight_shapes(model))
+    for name in sorted(mask.tensors.keys() - prunable_weights(model).keys()):
+        raise ValueError(f"mask_file must mask linear layers other than the head, got {name}")
+
+
+def check_fits(mask: Mask, shapes: Mapping[str, Iterable[int]]) -> None:
+    """Check that a mask belongs to a model with weights of these shapes.
+
+    Raises:
+        ValueError: a masked tensor is missing in the model or has another shape; names it.
+    """
+    if not mask.tensors:
+        raise ValueError("mask_file must mask at least one tensor, got none")
+    for name, tensor in mask.tensors.items():
+        if name not in shapes:
+            raise ValueError(f"mask_file must match the model: it masks {name}, which the model does not have")
+        if list(tensor.shape) != list(shapes[name]):
+            raise ValueError(
+                f"mask_file must match the model: {name} is {list(shapes[name])} there and {list(tensor.shape)} in the mask"
+            )

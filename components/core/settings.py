@@ -1,0 +1,140 @@
+"""What the settings classes of all stages have in common.
+
+A stage's parameters are the fields of a frozen dataclass, each documented by the text below it. That is the only place where a
+parameter is defined: its flag, its entry in the pipelines, its check and its row in the reference table all follow from it.
+
+Values and places are checked apart. `__post_init__` checks what can be told from the values alone, also on a machine that only
+submits runs; `check_environment` checks what the machine that does the work must have: files, folders, packages.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from components.core.checks import DTYPES, check_at_least, check_one_of
+from components.core.corpus import WIKITEXT2, check_corpus, check_held_out
+
+# Kinds of settings, given as `field(metadata=…)`, where the kind decides who takes a setting. One without a kind shapes the
+# result.
+INPUT = {"kind": "input"}  # names what is read, and is compared by its content
+OUTPUT = {"kind": "output"}  # names what is written
+START = {"kind": "start"}  # says how processes are started
+EXECUTION = {"kind": "execution"}  # says how the work is carried out: the result is the same, whatever its value
+
+S = TypeVar("S")
+
+
+def names_of(config_class: type, *kinds: Mapping[str, str]) -> set[str]:
+    """Names of the fields that are of one of the kinds."""
+    return {entry.name for entry in dataclasses.fields(config_class) if dict(entry.metadata) in kinds}
+
+
+def configure(config_class: type[S], values: Mapping[str, Any], **bound: Any) -> S:
+    """Make settings from values by name.
+
+    Args:
+        config_class: the settings class.
+        values: value by name, such as the `locals()` of a component; names that are no field are left out.
+        bound: fields that are not taken from `values`.
+    """
+    names = {entry.name for entry in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    return config_class(**{name: value for name, value in values.items() if name in names} | bound)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The root of all settings classes, where their chains of checks end."""
+
+    def __post_init__(self) -> None:
+        """Check the values. Raises ValueError."""
+
+    def check_environment(self) -> None:
+        """Check what the settings need of this machine: files, folders, packages. Raises ValueError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(Settings):
+    """Which texts a run reads."""
+
+    train_data: str = WIKITEXT2
+    """Corpus for calibration and training: hub dataset `name:configuration`, local file or folder, or builtin:python-docs."""
+    eval_data: str = WIKITEXT2
+    """Corpus for perplexity; may be the same, its evaluation split is read."""
+
+    def check_environment(self) -> None:
+        """See `Settings`."""
+        super().check_environment()
+        check_corpus("train_data", self.train_data)
+        check_corpus("eval_data", self.eval_data)
+        check_held_out("train_data", self.train_data, self.eval_data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSettings(Settings):
+    """How text is cut into blocks of tokens."""
+
+    seq_len: int = 512
+    """Tokens in a calibration or training block."""
+    seed: int = 0
+    """Seed of the calibration windows and of the order of the training blocks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("seq_len", self.seq_len, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSettings(BlockSettings):
+    """How much calibration text is used."""
+
+    nsamples: int = 64
+    """Calibration blocks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("nsamples", self.nsamples, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalBlockSettings(Settings):
+    """How evaluation text is cut into blocks of tokens."""
+
+    eval_blocks: int = 0
+    """Evaluation blocks; 0 = all."""
+    eval_seq_len: int = 2048
+    """Tokens in an evaluation block; published numbers use 2048."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("eval_blocks", self.eval_blocks, 0)
+        check_at_least("eval_seq_len", self.eval_seq_len, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(EvalBlockSettings):
+    """Whether perplexity is measured, and on how much text."""
+
+    skip_ppl_eval: bool = False
+    """Measure no perplexity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeSettings(Settings):
+    """Whether a model may bring code."""
+
+    trust_remote_code: bool = field(default=False, metadata=EXECUTION)
+    """Run Python code that comes with the model or its tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(CodeSettings):
+    """In which number format a model is loaded."""
+
+    dtype: str = "auto"
+    """Number format of the model's weights and activations: float32, float16, bfloat16, or auto, which is float16 on a GPU and
+    float32 on a CPU. Hessians, and weights while they are trained, are always float32."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("dtype", self.dtype, DTYPES)

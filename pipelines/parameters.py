@@ -1,0 +1,185 @@
+"""The pipelines' parameters, made from the stages' settings: their names, types, defaults and help.
+
+A setting of one stage is called `<stage>_<field>`, since the KFP UI lists parameters alphabetically, by name and type alone;
+what several stages share keeps the field's bare name. Of a stage's settings a pipeline offers those that its component takes.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, get_type_hints
+
+from kfp.dsl import PipelineTask
+from simple_parsing.docstring import get_attribute_docstring
+
+from components.core.settings import Settings
+from components.distill.component import distill
+from components.distill.config import DistillSettings
+from components.distill_distributed.component import distill_distributed
+from components.distill_distributed.config import JobSettings
+from components.prune.component import prune
+from components.prune.config import PruneSettings
+from components.publish.component import publish
+from components.publish.config import PublishSettings
+from components.quantize.component import quantize
+from components.quantize.config import FormatsSettings, QuantizeSettings
+from components.resolve.component import resolve
+from components.resolve.config import ResolveConfig
+from components.tokenize.component import tokenize
+from components.tokenize.config import TokenizeSettings
+from pipelines.pods import PodSettings
+
+SHARED = (
+    "model_id", "train_data", "eval_data", "nsamples", "seq_len", "seed", "dtype", "eval_blocks", "eval_seq_len",
+    "skip_ppl_eval", "trust_remote_code",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Group:
+    """Settings that a pipeline offers.
+
+    Attributes:
+        stage: whose they are; `pods` for what sizes the pods, where the field's name already tells the stage.
+        settings: the class that defines them.
+        component: it takes those that are offered; None = all are.
+    """
+
+    stage: str
+    settings: type[Settings]
+    component: Any = None
+
+    def names(self) -> dict[str, str]:
+        """Field → parameter."""
+        offered = self.component.component_spec.inputs if self.component else None
+        fields = (entry.name for entry in dataclasses.fields(self.settings))
+        return {name: pipeline_name(self.stage, name) for name in fields if offered is None or name in offered}
+
+
+def _groups(distillation: Group) -> tuple[Group, ...]:
+    return (
+        Group("resolve", ResolveConfig, resolve),
+        Group("tokenize", TokenizeSettings, tokenize),
+        Group("prune", PruneSettings, prune),
+        distillation,
+        Group("quantize", FormatsSettings),
+        Group("quantize", QuantizeSettings, quantize),
+        Group("publish", PublishSettings, publish),
+        Group("pods", PodSettings),
+    )
+
+
+# pipeline → what it offers
+GROUPS = {
+    "compress": _groups(Group("distill", DistillSettings, distill)),
+    "compress-distributed": _groups(Group("distill", JobSettings, distill_distributed)),
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a pipeline.
+
+    Attributes:
+        name: as the pipeline calls it.
+        type: its Python type.
+        default: its value where none is given; `inspect.Parameter.empty` if one must be.
+        help: the documentation of its field, in one line.
+        stage: whose it is; empty for what several stages share.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    stage: str
+
+
+def pipeline_name(stage: str, field: str) -> str:
+    """What the pipelines call a stage's setting."""
+    bare = stage == "pods" or field in SHARED or field.startswith(f"{stage}_")  # such as publish_to
+    return field if bare else f"{stage}_{field}"
+
+
+def parameters(groups: Iterable[Group], **defaults: Any) -> list[Parameter]:
+    """The parameters that groups of settings become, each once.
+
+    Args:
+        groups: the settings.
+        defaults: parameter → its default, where that is not the field's.
+    """
+    made: dict[str, Parameter] = {}
+    for group in groups:
+        for field, name in group.names().items():
+            default = defaults.get(name, default_of(group.settings, field))
+            kind = get_type_hints(group.settings)[field]
+            stage = "" if field in SHARED else group.stage
+            made.setdefault(name, Parameter(name, kind, default, help_of(group.settings, field), stage))
+    return list(made.values())
+
+
+def default_of(config_class: type, field: str) -> Any:
+    """A field's default; `inspect.Parameter.empty` if it has none."""
+    (entry,) = (entry for entry in dataclasses.fields(config_class) if entry.name == field)
+    if entry.default_factory is not dataclasses.MISSING:
+        return entry.default_factory()
+    return inspect.Parameter.empty if entry.default is dataclasses.MISSING else entry.default
+
+
+def help_of(config_class: type, field: str) -> str:
+    """The documentation of a field, which stands below it, in one line."""
+    return " ".join(get_attribute_docstring(config_class, field).docstring_below.split())
+
+
+def describe(what: str, important: Iterable[str]) -> str:
+    """A pipeline's description, which the KFP UI shows, unlike the documentation of its parameters."""
+    names = ", ".join(important)
+    return f"{what} The parameters that matter most: {names}. All are documented in pipelines/README.md of the repository."
+
+
+def takes(made: list[Parameter]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a pipeline function the parameters that are made from settings; it receives them together as its first argument.
+
+    KFP reads a function's signature and docstring. What the function takes besides the first argument stays as it is.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        written = inspect.signature(function)
+        own = list(written.parameters.values())[1:]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = own + [inspect.Parameter(entry.name, kind, annotation=entry.type, default=entry.default) for entry in made]
+        signature.sort(key=lambda entry: entry.default is not entry.empty)  # Python wants those without a default first
+        names = [entry.name for entry in signature]
+
+        def pipeline(*arguments: Any) -> Any:
+            values = dict(zip(names, arguments, strict=True))
+            first = SimpleNamespace(**{entry.name: values[entry.name] for entry in made})
+            return function(first, **{entry.name: values[entry.name] for entry in own})
+
+        pipeline.__name__ = function.__name__
+        pipeline.__doc__ = "\n".join(
+            [inspect.getdoc(function) or "", "", "Args:", *(f"    {entry.name}: {entry.help}" for entry in made)]
+        )
+        pipeline.__signature__ = written.replace(parameters=signature)  # type: ignore[attr-defined]
+        return pipeline
+
+    return decorate
+
+
+def call(component: Any, p: SimpleNamespace, **bound: Any) -> PipelineTask:
+    """Add a task to the pipeline that is being defined.
+
+    Args:
+        component: a component, or a pipeline inside a pipeline.
+        p: the parameters of the pipeline, by name.
+        bound: values of inputs, such as outputs of earlier tasks. All other inputs get the pipeline's parameters of their
+            own names, or of their names behind that of the stage, which is the first word of the component's.
+    """
+    stage, values = component.name.partition("-")[0], vars(p)
+    for name in component.component_spec.inputs.keys() - bound.keys():
+        parameter = name if name in values else f"{stage}_{name}"
+        if parameter in values:  # KFP itself fills in a TaskConfig, and refuses the call if anything else is missing
+            bound[name] = values[parameter]
+    return component(**bound)

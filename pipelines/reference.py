@@ -1,0 +1,93 @@
+"""The tables of parameters in the documentation, made from the settings: `python pipelines/reference.py` writes them anew."""
+
+import inspect
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from components.core.files import new_file
+from components.distill.config import NOT_IN_PIPELINES as NOT_OF_DISTILL
+from components.distill.config import DistillConfig
+from components.prune.config import NOT_IN_PIPELINES as NOT_OF_PRUNE
+from components.prune.config import PruneConfig
+from pipelines import compress, compress_distributed
+from pipelines.parameters import GROUPS, Parameter, help_of, parameters
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- {} begins; written by `make compile` -->", "<!-- {} ends -->"
+TITLES = {
+    "": "Shared by several stages",
+    "prune": "Prune",
+    "distill": "Distil",
+    "quantize": "Quantize",
+    "publish": "Publish",
+    "pods": "Pods",
+}
+
+
+def table(entries: Iterable[Parameter]) -> str:
+    """Parameters as a table."""
+    lines = ["| parameter | type | default | |", "|---|---|---|---|"]
+    for entry in entries:
+        kind = getattr(entry.type, "__name__", "") if not getattr(entry.type, "__args__", ()) else str(entry.type)
+        default = (
+            "required" if entry.default is inspect.Parameter.empty else f"`{entry.default!r}`" if entry.default != "" else ""
+        )
+        lines.append(f"| `{entry.name}` | {kind} | {default} | {_cell(entry.help)} |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def important() -> str:
+    """The parameters that matter most."""
+    made = {entry.name: entry for entry in parameters(GROUPS["compress"], model_id=compress.MODEL_ID)}
+    return table(made[name] for name in compress.IMPORTANT)
+
+
+def reference() -> str:
+    """All parameters of both pipelines by stage, and the settings that only a stage's own shell has."""
+    one_pod = parameters(GROUPS["compress"], model_id=compress.MODEL_ID)
+    many_nodes = parameters(GROUPS["compress-distributed"], **compress_distributed.defaults())
+    both = {entry.name for entry in one_pod} & {entry.name for entry in many_nodes}
+    parts = []
+    for stage, title in TITLES.items():
+        parts += [f"### {title}", table(entry for entry in one_pod if entry.stage == stage and entry.name in both)]
+    parts += ["### Only `compress`: distillation in one pod", table(entry for entry in one_pod if entry.name not in both)]
+    parts += [
+        "### Only `compress-distributed`: distillation on many nodes",
+        table(entry for entry in many_nodes if entry.name not in both),
+    ]
+    parts += ["### Only in a stage's own shell", "| stage | setting | | why pipelines do not have it |\n|---|---|---|---|"]
+    for stage, config, left_out in (("prune", PruneConfig, NOT_OF_PRUNE), ("distill", DistillConfig, NOT_OF_DISTILL)):
+        for name, reason in left_out.items():
+            parts[-1] += f"\n| {stage} | `{name}` | {_cell(help_of(config, name))} | {reason} |"
+    return "\n\n".join(parts)
+
+
+def rewritten(text: str, name: str, content: str) -> str:
+    """A document with another content between the marks of a name."""
+    begin, end = BEGIN.format(name), END.format(name)
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    assert pattern.search(text), f"{begin} … {end} is missing"
+    return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
+
+
+def documents() -> dict[Path, str]:
+    """The documents with tables of parameters, as they must be."""
+    made = {ROOT / "README.md": ("parameters", important()), ROOT / "pipelines" / "README.md": ("reference", reference())}
+    return {path: rewritten(path.read_text(encoding="utf-8"), *content) for path, content in made.items()}
+
+
+def main() -> None:
+    """Write the documents."""
+    for path, text in documents().items():
+        with new_file(path) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The history of a checkpoint grows by a step a stage, and is refused where it is none."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from components.core.checkpoint.files import weight_bytes
+from components.core.history import HISTORY_FILE, StageRecord, known_perplexity, read_history, stats_file, write_history
+
+
+@pytest.fixture
+def changed(checkpoint, tmp_path) -> Path:
+    """A copy of the tiny checkpoint that may be changed."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "changed"))
+
+
+def test_a_history_begins_at_the_folder_itself(checkpoint):
+    assert read_history(checkpoint) == {"format": 1, "source": {"model_id": str(checkpoint), "revision": None}, "steps": []}
+
+
+def test_history_grows_by_one_step_a_stage(checkpoint, tmp_path):
+    history = {"format": 1, "source": {"model_id": "owner/name", "revision": "abc"}, "steps": []}
+    folders = []
+    for number, stage in enumerate(("fetch", "prune", "distill")):
+        folder = Path(shutil.copytree(checkpoint, tmp_path / stage))
+        record = StageRecord(stage, {"number": number}, measured={"perplexity": 2.0 + number}, versions={"torch": "2"})
+        record.sparse_integrity_check = {"passed": True} if number else None
+        record.details["steps"] = [1, 2, 3]
+        write_history(folder, history, record)
+        history = read_history(folder)
+        folders.append(folder)
+    assert history["source"] == {"model_id": "owner/name", "revision": "abc"}
+    assert [step["stage"] for step in history["steps"]] == ["fetch", "prune", "distill"]
+    assert history["steps"][2] == {
+        "stage": "distill",
+        "parameters": {"number": 2},
+        "measured": {"perplexity": 4.0, "bytes": weight_bytes(folders[2])},
+        "sparse_integrity_check": {"passed": True},
+        "versions": {"torch": "2"},
+    }
+    assert [len(read_history(folder)["steps"]) for folder in folders] == [1, 2, 3]
+    stats = StageRecord.load(folders[2] / stats_file("distill"))
+    assert stats.summary() == history["steps"][2]
+    assert stats.details == {"steps": [1, 2, 3]}
+    assert json.loads((folders[2] / "distill_stats.json").read_text())["sparse_integrity_check"] == {"passed": True}
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"source": {}}', "{"])
+def test_a_history_of_another_form_is_refused(changed, content):
+    (changed / HISTORY_FILE).write_text(content)
+    with pytest.raises(ValueError, match=HISTORY_FILE):
+        read_history(changed)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_record_with_what_is_not_finite_is_refused(changed, value):
+    before = {file.name for file in changed.iterdir()}
+    record = StageRecord("prune", {}, measured={"perplexity": value})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_history(changed, read_history(changed), record)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        record.save(changed / "prune_stats.json")
+    assert {file.name for file in changed.iterdir()} == before
+
+
+def test_a_file_that_is_no_record_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('{"stage": "prune", "unknown": 1}')
+    with pytest.raises(ValueError, match=r"a\.json must be a stage record"):
+        StageRecord.load(tmp_path / "a.json")
+
+
+def test_a_perplexity_is_known_for_its_own_text_alone():
+    measured = {"perplexity": 3.5, "perplexity_text": "this"}
+    history = {"steps": [{"measured": {"perplexity": 9.0, "perplexity_text": "that"}}, {"measured": measured}]}
+    assert known_perplexity(history, "this") == 3.5
+    assert known_perplexity(history, "that") is None
+    assert known_perplexity({"steps": []}, "this") is None
+    assert known_perplexity({"steps": [{"measured": {}}]}, "this") is None

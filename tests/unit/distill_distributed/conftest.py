@@ -1,0 +1,152 @@
+"""A launcher, or the watch of one, against an API server on loopback: what both kinds of tests need."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from kubernetes.config import kube_config
+
+from components.core import storage
+from components.core.history import StageRecord
+from components.core.mask.file import find_mask, fingerprint_of_file
+from components.distill_distributed import cluster, watch
+from components.distill_distributed.cluster import Cluster
+from components.distill_distributed.config import DistillDistributedConfig
+from components.distill_distributed.watch import Watcher
+from tests.conftest import save_pruned
+from tests.unit.distill_distributed.fake_api import NAMESPACE, kubeconfig, serving
+
+MASTER, WORKER = "distill-1-master-0", "distill-1-worker-0"
+JOBS = "/pytorchjobs/"
+
+
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, corpus):
+    """Teacher, student and mask; not to be changed."""
+    folder = tmp_path_factory.mktemp("launcher")
+    save_pruned(folder, corpus)
+    return folder
+
+
+@pytest.fixture
+def api(monkeypatch, tmp_path):
+    """A fake API server that the kubeconfig leads to; this process is in no pod."""
+    monkeypatch.setattr(cluster, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(cluster, "NAMESPACE_FILE", tmp_path / "no-namespace")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with serving() as server:
+        (tmp_path / "kubeconfig").write_text(kubeconfig(server))
+        monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """The launcher's time: polling costs none of ours."""
+    clock = Clock()
+    monkeypatch.setattr(watch, "time", clock)
+    monkeypatch.setattr(cluster, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def in_pod(monkeypatch, tmp_path, api):
+    """This process is in the pod launcher-1 of run 3f0c; there is a launcher-2 too."""
+    (tmp_path / "namespace").write_text(NAMESPACE)
+    monkeypatch.setattr(cluster, "NAMESPACE_FILE", tmp_path / "namespace")
+    monkeypatch.setenv("KFP_POD_NAME", "launcher-1")
+    for name in ("launcher-1", "launcher-2"):
+        api.objects["v1/pods", NAMESPACE, name] = {
+            "metadata": {"name": name, "uid": f"uid-{name}", "labels": {"pipeline/runid": "3f0c"}},
+            "spec": {"containers": [{"name": "main"}]},
+        }
+
+
+@pytest.fixture
+def settings(models, corpus, tmp_path):
+    """Settings of a job of two nodes, which exchange models through a folder."""
+    return DistillDistributedConfig(
+        teacher_model=str(models / "dense"),
+        student_model=str(models / "pruned"),
+        mask_file=str(models / "pruned"),
+        train_data=str(corpus),
+        output_dir=str(tmp_path / "out"),
+        handover=str(tmp_path / "handover"),
+        image="sparse-distill/cpu:0.1.0",
+        skip_ppl_eval=True,
+    )
+
+
+def place_of(api, kind="pytorchjob"):
+    """Where the job's command says that inputs and result are."""
+    return re.search(r'"--place", "([^"]+)"', json.dumps(api.job(kind)))[1]
+
+
+def hand_over_result(api, settings, tmp_path, kind="pytorchjob", **changes):
+    """What the first node does at its end: it writes a record, and a model."""
+    mask = fingerprint_of_file(find_mask(settings.mask_file))
+    record = StageRecord(
+        stage="distill",
+        parameters={"fail_on_sparse_violation": True},
+        measured={"loss": 1.5},
+        sparse_integrity_check={"passed": True},
+        details={"inputs": {"mask": mask}},
+    )
+    folder = tmp_path / "on-the-node"
+    folder.mkdir()
+    dataclasses.replace(record, **changes).save(folder / "distill_stats.json")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    storage.upload(folder, f"{place_of(api, kind)}/result")
+
+
+def success(api, settings, tmp_path, kind="pytorchjob", **changes):
+    """A job whose inputs are there, that runs and succeeds."""
+    api.state("Created", kind=kind)
+    for name in ("teacher_model", "student_model", "train_data"):  # the mask lies with the student
+        assert storage.is_complete(f"{place_of(api, kind)}/inputs/{name}")
+    yield
+    api.run(MASTER, WORKER, kind=kind)
+    api.state("Created", "Running", kind=kind)
+    api.say(MASTER, "[PPL] finetune_start=30.0000")
+    yield
+    api.say(MASTER, "[PPL] epoch=1 eval_ppl=20.0000")
+    hand_over_result(api, settings, tmp_path, kind, **changes)
+    api.run(MASTER, WORKER, phase="Succeeded", kind=kind)
+    api.state("Created", "Succeeded" if kind == "pytorchjob" else "Complete", kind=kind)
+
+
+def follow(api, story, deadline=3600, kind="pytorchjob"):
+    """Watch a job of two nodes with this story."""
+    api.add_job(kind=kind)
+    api.story = story
+    Watcher(Cluster.connect(), kind, "distill-1", 2, deadline).follow()
+
+
+def ending(api):
+    """The job succeeds."""
+    api.state("Succeeded")
+    yield
+
+
+def shown(capsys, pod=MASTER):
+    """What was printed of a pod's log."""
+    return re.findall(rf"^  {pod}\| (.*)$", capsys.readouterr().out, re.MULTILINE)
+
+
+def asked(api, method, pattern):
+    """The requests of a kind."""
+    return [request for request in api.asked if re.match(method, request) and re.search(pattern, request)]

@@ -1,0 +1,309 @@
+"""The watch over a job: what it says of its pods, and when it gives up."""
+
+import re
+
+import pytest
+
+from components.distill_distributed import cluster, watch
+from components.distill_distributed.cluster import Cluster
+from components.distill_distributed.watch import JobError
+from tests.unit.distill_distributed.conftest import JOBS, MASTER, WORKER, asked, ending, follow, shown
+from tests.unit.distill_distributed.fake_api import NAMESPACE, RESOURCES, ended
+
+pytestmark = pytest.mark.timeout(30)
+
+
+def test_a_job_that_is_deleted_while_it_is_watched_is_an_error(api):
+    def go():
+        api.state("Running")
+        yield
+        del api.objects[RESOURCES["pytorchjob"], NAMESPACE, "distill-1"]
+        yield
+
+    with pytest.raises(JobError, match="job distill-1 was deleted while it was watched"):
+        follow(api, go())
+
+
+@pytest.mark.parametrize("fault", [429, 500, 502, 503, 504, "reset", "half"])
+def test_a_server_that_fails_for_a_while_is_asked_again(api, capsys, fault):
+    def go():
+        api.run(MASTER, WORKER)
+        for number in range(5):
+            api.say(MASTER, f"step {number}")
+            yield
+        api.pod(WORKER, restarts=1, last=ended(1, "Error"))
+        api.say(WORKER, "RuntimeError: bad luck", previous=True)
+        yield
+        yield from ending(api)
+
+    for path in (JOBS, "/pods$", f"{MASTER}/log", f"{WORKER}/log"):
+        api.fail("GET", path, fault, times=3)
+    follow(api, go())
+    printed = capsys.readouterr().out
+    assert re.findall(rf"{MASTER}\| (.*)", printed) == [f"step {number}" for number in range(5)]
+    assert f"{WORKER}| RuntimeError: bad luck" in printed
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [("reset", OSError, "Kubernetes does not answer"), (500, ValueError, r"Kubernetes refused GET \S+: 500, not now")],
+)
+def test_a_server_that_fails_for_good_is_told_in_one_line(api, monkeypatch, fault, error, words):
+    monkeypatch.setattr(cluster, "TRIES", 2)
+    api.fail("GET", JOBS, fault, times=100)
+    with pytest.raises(error, match=f"^{words}[^\n]*$"):
+        follow(api, ending(api))
+    assert len(asked(api, "GET", JOBS)) == 3
+
+
+def test_a_slow_answer_is_awaited_and_one_that_does_not_come_is_asked_for_again(api, monkeypatch):
+    monkeypatch.setattr(cluster, "TIMEOUT", (5, 0.3))
+    api.fail("GET", JOBS, 0.1)
+    follow(api, ending(api))
+    assert len(asked(api, "GET", JOBS)) == 1
+    api.fail("GET", JOBS, 0.6)
+    Cluster.connect().read_job("pytorchjob", "distill-1")
+    assert len(asked(api, "GET", JOBS)) == 3
+
+
+def test_a_queued_job_is_not_taken_for_a_running_one(api, capsys, clock):
+    def go():
+        api.run(MASTER, WORKER)
+        api.state("Suspended", message="waits for quota")
+        yield
+        yield
+        clock.now += 100_000  # a queue may be long: the deadline does not run
+        yield
+        api.state("Running")
+        yield
+        clock.now += 3000
+        api.state("Suspended", message="preempted")
+        yield
+        clock.now += 100_000
+        yield
+        api.state("Running")
+        yield
+        yield from ending(api)
+
+    follow(api, go())
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("job")]
+    assert [re.sub(r", \S+ after it was submitted", "", line) for line in said] == [
+        "job distill-1: queued, it is suspended (waits for quota)",
+        "job distill-1: running on 2 nodes",
+        "job distill-1: queued, it is suspended (preempted)",
+        "job distill-1: running on 2 nodes",
+    ]
+
+
+def test_what_pods_wait_for_is_said_once_and_again_when_it_changes(api, capsys, clock):
+    def go():
+        for seconds in (0, 300, 300):
+            clock.now += seconds
+            api.pod(MASTER, "Pending", waiting={"reason": "ContainerCreating"})
+            api.pod(WORKER, "Pending", unschedulable="0/3 nodes are available")
+            yield
+            yield
+            api.pod(MASTER, "Pending", waiting={"reason": "ErrImagePull", "message": "no route"})
+            api.pod(WORKER, "Pending", waiting={"reason": "ImagePullBackOff", "message": "Back-off"})
+            yield
+            yield
+        api.pod(WORKER, waiting={"reason": "CrashLoopBackOff", "message": "back-off 10s"})
+        api.pod(MASTER)
+        yield
+        yield
+        yield from ending(api)
+
+    follow(api, go())
+    said = [line for line in capsys.readouterr().out.splitlines() if "waits" in line]
+    pulls = [
+        f"{WORKER} waits: Unschedulable: 0/3 nodes are available",
+        f"{MASTER} waits: ErrImagePull: no route",
+        f"{WORKER} waits: ImagePullBackOff: Back-off",
+    ]
+    assert said == [*pulls * 3, f"{WORKER} waits: CrashLoopBackOff: back-off 10s"]
+
+
+def test_each_restart_is_told_with_exit_code_and_last_lines(api, capsys):
+    def go():
+        api.run(MASTER, WORKER)
+        yield
+        api.state("Restarting", message="a worker has failed")
+        api.pod(WORKER, restarts=1, last=ended(137, "OOMKilled"))
+        api.say(WORKER, *(f"line {number}" for number in range(100)), previous=True)
+        yield
+        yield
+        api.pod(WORKER, restarts=2, last=ended(1, "Error", "second"))
+        api.say(WORKER, "ValueError: again", previous=True)
+        yield
+        api.pod(WORKER, restarts=2, last=ended(1, "Error", "second"), terminated=ended(0, "Completed", "third"))
+        yield
+        yield from ending(api)
+
+    follow(api, go())
+    printed = capsys.readouterr().out
+    assert re.findall(f"{WORKER} ended .*", printed) == [
+        f"{WORKER} ended with exit code 137 (OOMKilled); its last lines:",
+        f"{WORKER} ended with exit code 1 (Error); its last lines:",
+    ]
+    assert printed.count("job distill-1: restarting (a worker has failed)") == 1
+    told = re.findall(rf"{WORKER}\| (.*)", printed)
+    assert told[:40] == [f"line {number}" for number in range(60, 100)]
+    assert told[-1] == "ValueError: again"
+
+
+def test_lines_are_shown_once_each(api, capsys, clock):
+    def go():
+        api.run(MASTER, WORKER)
+        api.state("Running")
+        api.say(MASTER, "an hour ago", age=3600)
+        yield
+        for number in range(8):
+            clock.now += 10 * (number % 3)
+            api.say(MASTER, f"{number} first", f"{number} at the same time")
+            yield
+            yield
+        api.run(MASTER, WORKER, phase="Succeeded")
+        api.say(MASTER, "the last")
+        yield from ending(api)
+
+    follow(api, go())
+    pairs = [line for number in range(8) for line in (f"{number} first", f"{number} at the same time")]
+    assert shown(capsys) == ["an hour ago", *pairs, "the last"]
+    requests = asked(api, "GET", f"{MASTER}/log")
+    assert "sinceSeconds" not in requests[0]
+    assert all(int(re.search(r"sinceSeconds=(\d+)", request)[1]) >= 30 for request in requests[1:])
+
+
+def test_a_line_may_hold_anything(api, capsys):
+    lines = [" 10%|█ | 1/9\r 20%|█ | 2/9", "form\x0cfeed", "", "  indented", "\u2028", "after"]
+
+    def go():
+        api.run(MASTER, WORKER)
+        for line in lines:
+            api.say(MASTER, line)
+            yield
+        yield from ending(api)
+
+    follow(api, go())
+    printed = capsys.readouterr().out.split("\n")
+    assert [line.removeprefix(f"  {MASTER}| ") for line in printed if line.startswith(f"  {MASTER}| ")] == lines
+
+
+def test_what_the_kubelet_says_in_place_of_a_log_hides_no_line(api, capsys):
+    def go():
+        api.run(MASTER, WORKER)
+        api.say(MASTER, "before")
+        yield
+        api.instead_of_logs = "unable to retrieve container logs for containerd://0123"
+        yield
+        api.instead_of_logs = ""
+        api.say(MASTER, "after")
+        yield from ending(api)
+
+    follow(api, go())
+    assert shown(capsys) == ["before", "after"]
+
+
+def test_another_launcher_shows_the_whole_log(api, capsys):
+    def go():
+        api.run(MASTER, WORKER)
+        api.say(MASTER, "first")
+        yield
+        yield from ending(api)
+
+    follow(api, go())
+    assert shown(capsys) == ["first"]
+    api.say(MASTER, "second")
+    follow(api, go())
+    assert shown(capsys) == ["first", "second", "first"]
+
+
+def test_a_failure_is_told_with_all_that_is_known_of_it(api, capsys):
+    def go():
+        api.run(MASTER, WORKER)
+        api.state("Running")
+        yield
+        api.pod(WORKER, "Failed", terminated=ended(1, "Error"))
+        api.say(WORKER, "torch.OutOfMemoryError: CUDA out of memory")
+        api.warn(WORKER, "BackOff", "Back-off restarting failed container")
+        api.warn("distill-1", "PyTorchJobFailed", "it has failed")
+        api.warn("another", "Unrelated", "nothing to see")
+        yield
+        del api.objects["v1/pods", NAMESPACE, WORKER]  # by the operator
+        api.state("Failed", reason="BackoffLimitExceeded", message="restarted too often")
+        yield
+
+    with pytest.raises(JobError) as error:
+        follow(api, go())
+    assert str(error.value) == (
+        f"job distill-1 failed: BackoffLimitExceeded: restarted too often; {WORKER} ended with exit code 1 (Error)"
+    )
+    printed = capsys.readouterr().out
+    assert f"{WORKER}| torch.OutOfMemoryError: CUDA out of memory" in printed
+    assert "event of distill-1: PyTorchJobFailed: it has failed" in printed
+    assert "Unrelated" not in printed
+
+
+def test_the_operators_deadline_is_an_error(api):
+    def go():
+        api.run(MASTER, WORKER)
+        yield
+        api.state("Failed", reason="DeadlineExceeded", message="job was active longer than specified deadline")
+        yield
+
+    with pytest.raises(JobError, match="DeadlineExceeded: job was active longer than specified deadline"):
+        follow(api, go())
+
+
+def test_a_deadline_that_no_operator_holds_is_held_by_the_launcher(api, clock):
+    def go():
+        api.run(MASTER, WORKER)
+        api.state("Running")
+        yield
+        clock.now += 3600 + watch.GRACE_SECONDS - 60
+        yield
+        yield
+        clock.now += 60
+        yield
+
+    with pytest.raises(JobError, match="still runs after its deadline of 3600 s"):
+        follow(api, go())
+    assert len(asked(api, "GET", JOBS)) == 4
+
+
+def test_a_job_that_no_operator_touches_is_given_up(api, clock, monkeypatch):
+    monkeypatch.setattr(watch, "POLL_SECONDS", 30.0)
+    with pytest.raises(JobError, match="had no pods for 600 s: is the operator for kind trainjob installed"):
+        follow(api, iter(()), kind="trainjob")
+    assert watch.NO_PODS_PATIENCE < clock.now <= watch.NO_PODS_PATIENCE + 30
+
+
+def test_an_image_that_cannot_be_pulled_is_given_up(api, capsys, clock):
+    def go():
+        api.pod(MASTER)
+        while True:
+            clock.now += 60
+            for reason in ("ErrImagePull", "ImagePullBackOff"):
+                api.pod(WORKER, "Pending", waiting={"reason": reason, "message": "no such image"})
+                yield
+
+    with pytest.raises(JobError, match=r"a container could not be made for 600 s, \w+: no such image"):
+        follow(api, go())
+    assert watch.FAULT_PATIENCE < clock.now < watch.FAULT_PATIENCE + 200
+    printed = capsys.readouterr().out
+    assert "job distill-1: 1 of 2 nodes run" in printed
+    assert "running on" not in printed
+
+
+def test_events_tell_why_nobody_makes_pods(api, capsys, clock, monkeypatch):
+    monkeypatch.setattr(watch, "POLL_SECONDS", 60.0)
+    api.warn("distill-1", "FailedCreatePod", 'pods "distill-1-master-0" is forbidden: exceeded quota')
+
+    def go():
+        while True:
+            api.state("Created")
+            yield
+
+    with pytest.raises(JobError, match="had no pods for 600 s"):
+        follow(api, go())
+    assert capsys.readouterr().out.count("exceeded quota") == 1
