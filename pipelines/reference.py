@@ -1,6 +1,5 @@
 """The tables of parameters in the documentation, made from the settings: `python pipelines/reference.py` writes them anew."""
 
-import inspect
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from components.distill.config import DistillConfig
 from components.prune.config import NOT_IN_PIPELINES as NOT_OF_PRUNE
 from components.prune.config import PruneConfig
 from pipelines import compress, compress_distributed
-from pipelines.parameters import GROUPS, Parameter, help_of, parameters
+from pipelines.parameters import GROUPS, SHARED, Parameter, help_of, parameters
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- {} begins; written by `make compile` -->", "<!-- {} ends -->"
@@ -29,10 +28,8 @@ def table(entries: Iterable[Parameter]) -> str:
     """Parameters as a table."""
     lines = ["| parameter | type | default | |", "|---|---|---|---|"]
     for entry in entries:
-        kind = getattr(entry.type, "__name__", "") if not getattr(entry.type, "__args__", ()) else str(entry.type)
-        default = (
-            "required" if entry.default is inspect.Parameter.empty else f"`{entry.default!r}`" if entry.default != "" else ""
-        )
+        kind = entry.type.__name__ if isinstance(entry.type, type) else entry.type
+        default = "" if entry.default == "" else f"`{entry.default!r}`"
         lines.append(f"| `{entry.name}` | {kind} | {default} | {_cell(entry.help)} |")
     return "\n".join(lines)
 
@@ -54,7 +51,8 @@ def reference() -> str:
     both = {entry.name for entry in one_pod} & {entry.name for entry in many_nodes}
     parts = []
     for stage, title in TITLES.items():
-        parts += [f"### {title}", table(entry for entry in one_pod if entry.stage == stage and entry.name in both)]
+        here = [entry for entry in one_pod if entry.stage == stage and entry.name in both]
+        parts += [f"### {title}", table(sorted(here, key=lambda entry: SHARED.index(entry.name)) if stage == "" else here)]
     parts += ["### Only `compress`: distillation in one pod", table(entry for entry in one_pod if entry.name not in both)]
     parts += [
         "### Only `compress-distributed`: distillation on many nodes",

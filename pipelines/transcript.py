@@ -27,7 +27,7 @@ def transcript(path: Path, terminal: TextIO) -> Iterator[None]:
         def run_stage(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
             """Takes the place of the function by which `kfp.local` runs a stage; several may run at once."""
             stage = full_command[full_command.index("--function_to_execute") + 1]
-            print(f"== {stage}", file=terminal, flush=True)
+            terminal.write(f"== {stage}\n")
             with subprocess.Popen(
                 full_command,
                 stdout=subprocess.PIPE,
@@ -38,7 +38,8 @@ def transcript(path: Path, terminal: TextIO) -> Iterator[None]:
             ) as process:
                 assert process.stdout
                 for line in own_lines(_written(process.stdout, file)):
-                    print(line, end="", file=terminal, flush=True)
+                    terminal.write(line)
+                    terminal.flush()
             return process.returncode
 
         original = subprocess_task_handler.run_local_subprocess
