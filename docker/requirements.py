@@ -1,6 +1,6 @@
-"""Print the project's dependencies and those of the extras named, for pip: `python requirements.py gcs s3`.
+"""Print the dependencies of the project and of the named extras for pip: `python requirements.py gcs s3`.
 
-What pip installs depends on these lines alone: neither the code nor a linter's settings in pyproject.toml install anew.
+The image layer that pip installs depends only on this output: changes to code or linter settings do not rebuild it.
 """
 
 import sys

@@ -1,1 +1,1 @@
-"""The pipelines and what compiles and runs them."""
+"""The pipelines, and the commands that compile, run and schedule them."""

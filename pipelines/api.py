@@ -1,7 +1,7 @@
-"""Talking to the KFP API: log in, upload a version, and tell what goes wrong in one line.
+"""Access to the KFP API: log in, upload a pipeline version, and report errors in one line.
 
-All ways to log in are those of `kfp.Client`: a token in KF_PIPELINES_TOKEN or cookies in KF_PIPELINES_COOKIES, the projected
-service account token of a pod, or the current kubectl context. None is a flag, so none is in a shell's history.
+Logging in works as in `kfp.Client`: by a token in KF_PIPELINES_TOKEN, cookies in KF_PIPELINES_COOKIES, a pod's projected
+service account token, or the current kubectl context. Credentials are never flags, which keeps them out of the shell history.
 """
 
 import contextlib
@@ -25,24 +25,24 @@ from components.core.progress import log
 from pipelines.package import Package
 
 TOKEN, COOKIES = "KF_PIPELINES_TOKEN", "KF_PIPELINES_COOKIES"
-REQUEST_SECONDS = 60  # kfp sets no limit; a lost connection would hang for ever
+REQUEST_SECONDS = 60  # kfp sets no timeout, so a lost connection would hang forever
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """Which KFP to talk to."""
+    """Which KFP server to use."""
 
     host: str = ""
-    """Address of KFP; empty = KF_PIPELINES_ENDPOINT, the cluster that this runs in, or the current kubectl context."""
+    """Address of the KFP API; empty = KF_PIPELINES_ENDPOINT, the cluster this runs in, or the current kubectl context."""
     namespace: str = ""
-    """Profile namespace of a KFP with many users; empty otherwise."""
+    """Profile namespace, for a multi-user KFP only."""
 
     def __post_init__(self) -> None:
         if self.host and (not self.host.startswith(("http://", "https://")) or "@" in self.host):
             raise ValueError("host must begin with http:// or https:// and hold no password, log in by environment variables")
         for name in (TOKEN, COOKIES):
             if not (value := os.environ.get(name, "").strip()).isascii() or not value.isprintable():
-                raise ValueError(f"{name} must be one line of plain characters")  # its value stays secret
+                raise ValueError(f"{name} must be one line of plain characters")  # without the value, which is secret
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,13 @@ class PipelineConfig(ServerConfig):
     params: str = ""
     """YAML file with values for the pipeline's parameters; empty = none."""
     set: list[str] = flag(default_factory=list, action="extend")  # noqa: RUF009 (it is a field)
-    """Values for the pipeline's parameters, name=value each; they go before the file."""
+    """Values for the pipeline's parameters, as name=value; they override those in the params file."""
     experiment: str = "sparse-distill"
-    """Experiment that runs are filed under; created if it is missing."""
+    """Experiment to put the runs in; created if it does not exist."""
     service_account: str = ""
     """Kubernetes service account of the pods; empty = KFP's own."""
     no_cache: bool = False
-    """Compute everything anew; uploads a version of its own, with caching switched off."""
+    """Recompute everything; uploads a separate pipeline version that has caching disabled."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +69,7 @@ class PipelineConfig(ServerConfig):
 
 class _Client(Client):
     def get_kfp_healthz(self, sleep_duration: int = 5) -> Any:
-        """Whether this is KFP at all. kfp's own repeats a refusal for 25 seconds and prints a traceback each time."""
+        """Check that the host is KFP. kfp's own method retries for 25 seconds and prints a traceback each time."""
         health, _, headers = self._healthz_api.healthz_service_get_healthz_with_http_info(_request_timeout=REQUEST_SECONDS)
         if "json" not in headers.get("Content-Type", ""):
             raise ValueError(f"host must answer as the KFP API, got a web page; is it a login page? Set {TOKEN} or {COOKIES}")
@@ -78,7 +78,7 @@ class _Client(Client):
 
 def connect(config: ServerConfig) -> Client:
     """Log in and make sure that KFP answers."""
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries end in an error that says the same
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retry warnings repeat what the final error says
     token_file = Path(os.environ.get(KF_PIPELINES_SA_TOKEN_ENV) or KF_PIPELINES_SA_TOKEN_PATH)
     with warnings.catch_warnings(action="ignore"):
         client = _Client(
@@ -93,10 +93,10 @@ def connect(config: ServerConfig) -> Client:
 
 @contextlib.contextmanager
 def plain_errors(host: str) -> Iterator[None]:
-    """Turn what the API or the network says into a ValueError of one line, without any secret.
+    """Turn errors of the API or the network into a ValueError with a one-line message that contains no secrets.
 
     Raises:
-        ValueError: in place of every error of the API or the network.
+        ValueError: in place of any API or network error.
     """
     try:
         yield
@@ -113,7 +113,7 @@ def _explain(error: ApiException) -> str:
     try:
         said = json.loads(error.body or "")
         message = str(said.get("message") or said.get("error"))
-    except (ValueError, AttributeError):  # a proxy's page
+    except (ValueError, AttributeError):  # not JSON, such as a proxy's error page
         message = str(error.reason)
     secrets = [os.environ.get(TOKEN, ""), *(part.partition("=")[2] for part in os.environ.get(COOKIES, "").split(";"))]
     for secret in filter(None, map(str.strip, secrets)):
@@ -123,7 +123,7 @@ def _explain(error: ApiException) -> str:
 
 
 def everything(list_page: Callable[..., Any], items: str, **where: Any) -> Iterator[Any]:
-    """All things that one of the client's list functions gives page by page; `items` is their name in a page."""
+    """All items from one of the client's paginated list functions; `items` is the attribute of a page that holds them."""
     token = ""
     while True:
         page = list_page(page_token=token, page_size=100, **where)
@@ -137,7 +137,7 @@ def _named(things: Iterable[Any], name: str) -> Any:
 
 
 def upload(client: Client, package: Package, namespace: str) -> V2beta1PipelineVersion:
-    """The pipeline version that holds this very YAML; it is uploaded if it is not there yet."""
+    """The pipeline version with exactly this YAML, which is uploaded unless it already exists."""
     where = namespace or None
     pipeline = _named(everything(client.list_pipelines, "pipelines", namespace=where), package.name)
     if pipeline is None:  # kfp's upload of a new pipeline would name its first version after the pipeline

@@ -1,4 +1,4 @@
-"""Check the parameters of a run by the stages' own rules, before anything is started."""
+"""Check a run's parameters against the stages' own rules before anything is started."""
 
 import contextlib
 import re
@@ -12,12 +12,12 @@ def check_parameters(groups: Iterable[Group], values: Mapping[str, Any], on_this
     """Check the values of a pipeline's parameters.
 
     Args:
-        groups: what the pipeline offers.
-        values: parameter → value, defaults included.
-        on_this_machine: the stages will run here, so check files and packages too; on a cluster the pods alone can.
+        groups: the settings that the pipeline offers.
+        values: parameter → value, including defaults.
+        on_this_machine: whether the stages run here. If so, files and packages are checked too; on a cluster only the pods can.
 
     Raises:
-        ValueError: names parameter, rule and value.
+        ValueError: a value is wrong; the message names the parameter, the rule and the value.
     """
     for group in groups:
         names = group.names()
@@ -29,7 +29,7 @@ def check_parameters(groups: Iterable[Group], values: Mapping[str, Any], on_this
 
 
 def _check_across_stages(values: Mapping[str, Any]) -> None:
-    """The rules that no stage can check alone."""
+    """Check the rules that involve several stages."""
     if values["skip_ppl_eval"] and values["publish_max_ppl_ratio"]:
         raise ValueError(f"publish_max_ppl_ratio must be 0 with skip_ppl_eval, got {values['publish_max_ppl_ratio']}")
     sparsity, wanted = values["prune_sparsity"], values["publish_min_sparsity"]
@@ -42,7 +42,7 @@ def _check_across_stages(values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _named_as_in_the_pipeline(names: Mapping[str, str]) -> Iterator[None]:
-    """Let an error begin with the pipeline's parameter instead of the stage's field."""
+    """Replace the stage's field name at the start of an error message with the pipeline's parameter name."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Compile the pipelines to YAML: `python pipelines/compile.py`, or for a cluster of your own with `--registry ghcr.io/team`."""
+"""Compile the pipelines to YAML: `python pipelines/compile.py`; add `--registry ghcr.io/team` for your own cluster."""
 
 import tempfile
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ COMPILED = Path(__file__).with_name("compiled")
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    """Write one YAML a pipeline; with nothing changed it writes the same bytes."""
+    """Write one YAML file per pipeline; unchanged code gives identical bytes."""
 
     output_dir: str = str(COMPILED)
-    """Folder for the files."""
+    """Folder to write the YAML files to."""
     registry: str = ""
-    """What stands in front of the images' names, such as ghcr.io/team; empty = the names alone."""
+    """Registry prefix for the image names, such as ghcr.io/team; empty = no prefix."""
     handover_claim: str = ""
-    """ReadWriteMany volume claim on which the nodes of compress-distributed exchange models; empty = in a bucket."""
+    """ReadWriteMany volume claim through which compress-distributed exchanges models with its nodes; empty = use a bucket."""
 
 
 def compiled(pipeline: Any, registry: str) -> str:
-    """A pipeline as YAML."""
+    """A pipeline compiled to YAML."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(path))

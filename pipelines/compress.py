@@ -1,6 +1,6 @@
 """The compression pipeline: resolve → fetch → tokenize → prune → distill → quantize × formats → report → publish.
 
-Its parameters are the stages' settings, see `pipelines.parameters`.
+Its parameters are the stages' settings; see `pipelines.parameters`.
 """
 
 from collections.abc import Callable
@@ -23,13 +23,13 @@ from pipelines.quantize_format import quantize_format
 
 MODEL_ID = "Qwen/Qwen3-0.6B"
 IMPORTANT = (
-    "model_id", "train_data", "eval_data", "nsamples", "prune_sparsity", "distill_epochs", "distill_learning_rate",
-    "quantize_formats", "publish_to", "publish_max_ppl_ratio",
+    "model_id", "train_data", "eval_data", "prune_sparsity", "distill_epochs", "distill_learning_rate", "quantize_formats",
+    "publish_to", "publish_max_ppl_ratio", "nsamples",
 )  # fmt: skip
 
 
 class Outputs(NamedTuple):
-    """What a run leaves: the report's page, and a folder with the page and its numbers."""
+    """The outputs of a run: the report's page, and a folder with the page and its numbers."""
 
     page: HTML
     summary: Artifact
@@ -40,10 +40,10 @@ def stages(p: SimpleNamespace, distillation: Callable[..., PipelineTask]) -> Out
 
     Args:
         p: the pipeline's parameters by name.
-        distillation: adds the distill stage; takes `p`, and dense_model, pruned_model, mask and tokens by keyword.
+        distillation: adds the distill stage, given `p` and the keyword arguments dense_model, pruned_model, mask and tokens.
     """
     resolved = light(p, call(resolve, p))
-    # it looks whether anything has changed; the results of all later stages are cached under what it names
+    # it checks whether anything has changed: the revisions that it returns are part of the cache keys of all later stages
     resolved.set_caching_options(False)
     named = {name: resolved.outputs[name] for name in ("model_id", "model_revision", "train_revision", "eval_revision")}
 
@@ -70,16 +70,16 @@ def stages(p: SimpleNamespace, distillation: Callable[..., PipelineTask]) -> Out
     reported = light(p, call(report, p, **stats, quantized=dsl.Collected(quantized.outputs["stats"])))
     summary = reported.outputs["summary"]
 
-    # not under a condition, into which KFP hands no collected artifacts: with nowhere to publish to it only holds the gate
+    # not inside a condition, where KFP does not pass collected artifacts; if publish_to is empty, it only checks the gate
     published = light(p, call(publish, p, models=dsl.Collected(quantized.outputs["model"]), summary=summary))
-    with_store_secret(published).set_caching_options(False)  # the place may have changed
+    with_store_secret(published).set_caching_options(False)  # the contents of publish_to may have changed
     return Outputs(page=reported.outputs["page"], summary=summary)
 
 
 def in_one_pod(p: SimpleNamespace, **inputs: Any) -> PipelineTask:
-    """The distill stage in one pod."""
+    """Add the distill stage as a single pod."""
     task = on_gpu(p, "distill", call(distill, p, **inputs))
-    # by which its processes talk; a pod has 64 MB of it otherwise
+    # its processes communicate through it; the default in a pod is 64 MB
     kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit="8Gi")
     return task
 

@@ -1,6 +1,6 @@
-"""The compression pipeline with distillation on many nodes: a PyTorchJob or TrainJob in place of the one distill pod.
+"""The compression pipeline with distillation on many nodes: a PyTorchJob or TrainJob replaces the single distill pod.
 
-All other stages, and their parameters, are those of `compress`.
+All other stages and their parameters are the same as in `compress`.
 """
 
 from types import SimpleNamespace
@@ -11,28 +11,26 @@ from kfp.dsl import PipelineTask
 
 from components.distill_distributed.component import distill_distributed, sweep_jobs
 from components.images import GPU_IMAGE
+from pipelines.compress import IMPORTANT as IMPORTANT_IN_ONE_POD
 from pipelines.compress import MODEL_ID, stages
 from pipelines.parameters import GROUPS, call, describe, parameters, takes
 from pipelines.pods import light, on_gpu, with_store_secret
 
 BUCKET, MOUNT = "minio://mlpipeline/handover", "/handover"
-IMPORTANT = (
-    "model_id", "train_data", "eval_data", "prune_sparsity", "distill_nodes", "distill_handover", "distill_epochs",
-    "distill_learning_rate", "quantize_formats", "publish_to",
-)  # fmt: skip
+IMPORTANT = (*IMPORTANT_IN_ONE_POD[:8], "distill_nodes", "distill_handover")
 
 
 def defaults(handover_claim: str = "") -> dict[str, str]:
-    """Defaults of the pipeline that are not those of a stage's settings."""
+    """Defaults that differ from those of the stages' settings."""
     handover = MOUNT if handover_claim else BUCKET
     return {"model_id": MODEL_ID, "distill_handover": handover, "distill_image": GPU_IMAGE}
 
 
 def distributed(handover_claim: str = "") -> Any:
-    """The pipeline.
+    """Build the pipeline.
 
     Args:
-        handover_claim: ReadWriteMany volume claim on which models are exchanged, mounted at `/handover`; empty = in a bucket.
+        handover_claim: ReadWriteMany volume claim for exchanging models, mounted at `/handover`; empty = use a bucket.
     """
     made = parameters(GROUPS["compress-distributed"], **defaults(handover_claim))
 
@@ -42,7 +40,7 @@ def distributed(handover_claim: str = "") -> Any:
         return with_store_secret(task)
 
     def on_many_nodes(p: SimpleNamespace, **inputs: Any) -> PipelineTask:
-        # the resources go to the nodes, the launcher itself asks for no GPU
+        # the resources are for the nodes; the launcher itself requests no GPU
         return with_handover(on_gpu(p, "distill", call(distill_distributed, p, **inputs)))
 
     @dsl.pipeline(name="compress-on-nodes")
@@ -57,11 +55,11 @@ def distributed(handover_claim: str = "") -> Any:
     )
     @takes(made)
     def compress_distributed(p: SimpleNamespace) -> None:
-        """Prune, distil on many nodes, and quantize a language model; whatever becomes of it, no job is left behind."""
+        """Prune, distil on many nodes, and quantize a language model; however the run ends, no job is left behind."""
         sweep = light(p, call(sweep_jobs, p, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, handover=p.distill_handover))
         with_handover(sweep).set_caching_options(False)
         with dsl.ExitHandler(sweep):
-            # a pipeline of its own: an exit handler hands no resource parameters to its tasks, and no outputs out
+            # a nested pipeline: an exit handler passes no resource parameters to its tasks and exposes none of their outputs
             call(compress_on_nodes, p)
 
     return compress_distributed

@@ -1,6 +1,6 @@
-"""Cron expressions as KFP reads them: six fields, the first one is the second.
+"""Cron expressions as KFP reads them: six fields, starting with the seconds.
 
-The rules are those of the parser in its controller, https://pkg.go.dev/github.com/robfig/cron@v1.2.0.
+The rules are those of the parser in KFP's controller, https://pkg.go.dev/github.com/robfig/cron@v1.2.0.
 """
 
 import re
@@ -8,7 +8,7 @@ import re
 MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 WEEKDAYS = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
 
-# field → (lowest, highest, names counted from the lowest)
+# field → (lowest value, highest value, names for the values from the lowest up)
 FIELDS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "second": (0, 59, ()),
     "minute": (0, 59, ()),
@@ -21,13 +21,13 @@ PIECE = re.compile(r"([*?]|([0-9A-Za-z]+)(?:-([0-9A-Za-z]+))?)(?:/([0-9]+))?")
 
 
 def six_fields(cron: str) -> str:
-    """The expression in KFP's form; five fields get a second of 0 in front.
+    """The expression in KFP's form; if it has five fields, a 0 for the seconds is put in front.
 
-    KFP takes five fields too, but reads the first as the second and leaves out the day of week: `0 3 * * *` would run every
-    hour, three minutes past.
+    KFP accepts five fields too, but reads the first as the seconds and treats the day of the week as missing: `0 3 * * *` would
+    run every hour, at three minutes past.
 
     Raises:
-        ValueError: names the field, its rule and the expression.
+        ValueError: the expression is wrong; the message names the field, its rule and the expression.
     """
     parts = cron.split()
     if len(parts) == 5:
@@ -52,7 +52,7 @@ def _is_valid(piece: str, low: int, high: int, names: tuple[str, ...]) -> bool:
 
 
 def _number(text: str, low: int, names: tuple[str, ...]) -> int:
-    """The number that a part of a field stands for; -1, which is in no range, if it stands for none."""
+    """The number that part of a field stands for, or -1, which is outside every range, if it is not valid."""
     if text.isdecimal():
         return int(text)
     return names.index(text.upper()) + low if text.upper() in names else -1

@@ -1,4 +1,4 @@
-"""A compiled pipeline as it goes to a cluster: its YAML, the version that names it, and values for its parameters."""
+"""A compiled pipeline as it is sent to a cluster: its YAML, the name of its version, and values for its parameters."""
 
 import hashlib
 import math
@@ -17,7 +17,7 @@ from pipelines.parameters import GROUPS
 
 COMPILED = Path(__file__).with_name("compiled")
 
-# parameter type of a pipeline spec → (what to call it, its Python types, how a flag's text is read)
+# parameter type in a pipeline spec → (description for error messages, Python types, parser for a flag's text)
 TYPES: dict[str, tuple[str, tuple[type, ...], Callable[[str], Any]]] = {
     "STRING": ("a string", (str,), str),
     "NUMBER_INTEGER": ("a whole number", (int,), int),
@@ -43,7 +43,7 @@ class Package:
 
     @property
     def version(self) -> str:
-        """Name of the pipeline version: the same for the same YAML, another one for any other."""
+        """Name of the pipeline version: identical for identical YAML, different for any other."""
         return f"{VERSION}-{hashlib.sha256(self.content).hexdigest()[:12]}"
 
 
@@ -51,11 +51,11 @@ def read_package(pipeline: str, cache: bool = True) -> Package:
     """Read a compiled pipeline.
 
     Args:
-        pipeline: the name of one in `pipelines/compiled`, or the path of a YAML file.
-        cache: False makes a package whose tasks never take a result from KFP's cache.
+        pipeline: the name of a pipeline in `pipelines/compiled`, or the path of a YAML file.
+        cache: whether the package's tasks may take results from KFP's cache.
 
     Raises:
-        ValueError: there is no such pipeline, or the file is no compiled pipeline.
+        ValueError: there is no such pipeline, or the file is not a compiled pipeline.
     """
     path = Path(pipeline) if pipeline.endswith((".yaml", ".yml")) else COMPILED / f"{pipeline}.yaml"
     if not path.is_file():
@@ -75,25 +75,25 @@ def read_package(pipeline: str, cache: bool = True) -> Package:
 
 
 def _switch_cache_off(spec: dict[str, Any]) -> None:
-    """Clear the caching options of every task: a run that refers to a version cannot override what was compiled."""
+    """Clear the caching options of every task, since a run of an uploaded version cannot override the compiled options."""
     for component in (spec["root"], *spec["components"].values()):
         for task in component.get("dag", {}).get("tasks", {}).values():
             task["cachingOptions"] = {}
 
 
 def read_parameters(package: Package, params: str, assignments: list[str]) -> dict[str, Any]:
-    """Values for a pipeline's parameters, typed by its definitions and checked by the stages' own rules.
+    """Read values for a pipeline's parameters, convert them to their declared types and check them by the stages' rules.
 
     Args:
         package: the pipeline.
         params: a YAML file that maps parameters to values; empty = none.
-        assignments: `name=value` each; they go before the file.
+        assignments: values as `name=value`; they override those in the file.
 
     Returns:
-        Parameter → value, those that were given alone.
+        Parameter → value, only for parameters that were given.
 
     Raises:
-        ValueError: names parameter, rule and value.
+        ValueError: a value is wrong; the message names the parameter, the rule and the value.
     """
     given = _read_file(params) if params else {}
     for assignment in assignments:
@@ -131,12 +131,12 @@ def _read_file(params: str) -> dict[str, Any]:
 def _typed(name: str, definition: dict[str, Any], value: Any) -> Any:
     what, classes, parse = TYPES[definition["parameterType"]]
     wrong = ValueError(f"{name} must be {what}, got {value!r}")
-    if isinstance(value, str):  # a flag, or a number that YAML takes for text, such as 2e-5
+    if isinstance(value, str):  # a flag, or a number that YAML reads as text, such as 2e-5
         try:
             value = parse(value)
         except (ValueError, KeyError, yaml.YAMLError):
             raise wrong from None
-    is_other_bool = isinstance(value, bool) and bool not in classes  # to Python a bool is an int
+    is_other_bool = isinstance(value, bool) and bool not in classes  # in Python a bool is an int
     if not isinstance(value, classes) or is_other_bool or (isinstance(value, float) and not math.isfinite(value)):
         raise wrong
     return value
@@ -144,11 +144,11 @@ def _typed(name: str, definition: dict[str, Any], value: Any) -> Any:
 
 def _default(definition: dict[str, Any]) -> Any:
     value = definition["defaultValue"]
-    return int(value) if definition["parameterType"] == "NUMBER_INTEGER" else value  # the YAML has 1.0 for 1
+    return int(value) if definition["parameterType"] == "NUMBER_INTEGER" else value  # the YAML stores 1 as 1.0
 
 
 def _check_places(values: dict[str, Any], package: Package) -> None:
-    """Check that the pods can find what a run reads and writes; what lies in the pods alone is left to them."""
+    """Check that the pods can reach what a run reads and writes; paths inside the pods cannot be checked here."""
     for name, check in (("model_id", check_model_id), ("train_data", check_corpus), ("eval_data", check_corpus)):
         value = values[name]
         if value.startswith("/"):

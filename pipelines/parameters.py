@@ -1,7 +1,8 @@
-"""The pipelines' parameters, made from the stages' settings: their names, types, defaults and help.
+"""The pipelines' parameters, derived from the stages' settings: their names, types, defaults and help.
 
-A setting of one stage is called `<stage>_<field>`, since the KFP UI lists parameters alphabetically, by name and type alone;
-what several stages share keeps the field's bare name. Of a stage's settings a pipeline offers those that its component takes.
+A setting of one stage is called `<stage>_<field>`, since the KFP UI lists parameters alphabetically and shows only name and
+type; a setting that several stages share keeps the field's name. A pipeline offers those settings of a stage that the stage's
+component takes.
 """
 
 import dataclasses
@@ -42,9 +43,9 @@ class Group:
     """Settings that a pipeline offers.
 
     Attributes:
-        stage: whose they are; `pods` for what sizes the pods, where the field's name already tells the stage.
+        stage: the stage they belong to; `pods` for the sizes of the pods, whose field names already contain the stage.
         settings: the class that defines them.
-        component: it takes those that are offered; None = all are.
+        component: only the settings that it takes are offered; None = all are.
     """
 
     stage: str
@@ -71,7 +72,7 @@ def _groups(distillation: Group) -> tuple[Group, ...]:
     )
 
 
-# pipeline → what it offers
+# pipeline → the settings that it offers
 GROUPS = {
     "compress": _groups(Group("distill", DistillSettings, distill)),
     "compress-distributed": _groups(Group("distill", JobSettings, distill_distributed)),
@@ -83,11 +84,11 @@ class Parameter:
     """A parameter of a pipeline.
 
     Attributes:
-        name: as the pipeline calls it.
+        name: its name in the pipeline.
         type: its Python type.
-        default: its value where none is given; `inspect.Parameter.empty` if one must be.
-        help: the documentation of its field, in one line.
-        stage: whose it is; empty for what several stages share.
+        default: its default value; `inspect.Parameter.empty` if a value is required.
+        help: its field's docstring, in one line.
+        stage: the stage it belongs to; empty if several stages share it.
     """
 
     name: str
@@ -98,17 +99,17 @@ class Parameter:
 
 
 def pipeline_name(stage: str, field: str) -> str:
-    """What the pipelines call a stage's setting."""
+    """The pipelines' name for a stage's setting."""
     bare = stage == "pods" or field in SHARED or field.startswith(f"{stage}_")  # such as publish_to
     return field if bare else f"{stage}_{field}"
 
 
 def parameters(groups: Iterable[Group], **defaults: Any) -> list[Parameter]:
-    """The parameters that groups of settings become, each once.
+    """The parameters for groups of settings, without duplicates.
 
     Args:
         groups: the settings.
-        defaults: parameter → its default, where that is not the field's.
+        defaults: parameter → default, where it differs from the field's.
     """
     made: dict[str, Parameter] = {}
     for group in groups:
@@ -129,20 +130,20 @@ def default_of(config_class: type, field: str) -> Any:
 
 
 def help_of(config_class: type, field: str) -> str:
-    """The documentation of a field, which stands below it, in one line."""
+    """A field's docstring, which is the string below it, in one line."""
     return " ".join(get_attribute_docstring(config_class, field).docstring_below.split())
 
 
 def describe(what: str, important: Iterable[str]) -> str:
-    """A pipeline's description, which the KFP UI shows, unlike the documentation of its parameters."""
+    """A pipeline's description; the KFP UI shows it, but not the help of the parameters."""
     names = ", ".join(important)
     return f"{what} The parameters that matter most: {names}. All are documented in pipelines/README.md of the repository."
 
 
 def takes(made: list[Parameter]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a pipeline function the parameters that are made from settings; it receives them together as its first argument.
+    """Give a pipeline function these parameters; it receives them together as its first argument.
 
-    KFP reads a function's signature and docstring. What the function takes besides the first argument stays as it is.
+    KFP reads a function's signature and docstring, so both are generated. The function's other arguments stay as they are.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,7 +151,7 @@ def takes(made: list[Parameter]) -> Callable[[Callable[..., Any]], Callable[...,
         own = list(written.parameters.values())[1:]
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         signature = own + [inspect.Parameter(entry.name, kind, annotation=entry.type, default=entry.default) for entry in made]
-        signature.sort(key=lambda entry: entry.default is not entry.empty)  # Python wants those without a default first
+        signature.sort(key=lambda entry: entry.default is not entry.empty)  # Python requires those without a default first
         names = [entry.name for entry in signature]
 
         def pipeline(*arguments: Any) -> Any:
@@ -174,12 +175,12 @@ def call(component: Any, p: SimpleNamespace, **bound: Any) -> PipelineTask:
     Args:
         component: a component, or a pipeline inside a pipeline.
         p: the parameters of the pipeline, by name.
-        bound: values of inputs, such as outputs of earlier tasks. All other inputs get the pipeline's parameters of their
-            own names, or of their names behind that of the stage, which is the first word of the component's.
+        bound: values for inputs, such as outputs of earlier tasks. Every other input gets the pipeline parameter of the same
+            name, or the one prefixed with the stage, which is the first word of the component's name.
     """
     stage, values = component.name.partition("-")[0], vars(p)
     for name in component.component_spec.inputs.keys() - bound.keys():
         parameter = name if name in values else f"{stage}_{name}"
-        if parameter in values:  # KFP itself fills in a TaskConfig, and refuses the call if anything else is missing
+        if parameter in values:  # KFP fills in a TaskConfig itself, and rejects the call if anything else is missing
             bound[name] = values[parameter]
     return component(**bound)

@@ -1,4 +1,4 @@
-"""What a pod of a stage gets: CPU, memory, GPUs, retries, secrets; and the parameters that size it."""
+"""What a stage's pod gets (CPU, memory, GPUs, retries, secrets), and the parameters for its size."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from kfp.dsl import PipelineTask
 
 from components.core.settings import Settings
 
-# secret → its keys as variables, where there is one: that of KFP's own object store, and one for s3:// where pods have no role
+# optional secret → its keys as variables: that of KFP's own object store, and one for s3:// if pods have no IAM role
 STORE_SECRETS = {
     "mlpipeline-minio-artifact": {"accesskey": "MINIO_ACCESS_KEY", "secretkey": "MINIO_SECRET_KEY"},
     "sparse-distill-s3": {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"},
@@ -17,7 +17,7 @@ STORE_SECRETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PodSettings(Settings):
-    """What the pods of a run ask the cluster for."""
+    """The resources of a run's pods."""
 
     gpu_type: str = "nvidia.com/gpu"
     """Resource name of the GPUs."""
@@ -28,11 +28,11 @@ class PodSettings(Settings):
     prune_memory: str = "16Gi"
     """Memory limit of the prune stage."""
     distill_gpus: int = 1
-    """GPUs of the distill stage, of each node if there are many; 0 runs it on the CPU."""
+    """GPUs of the distill stage, or of each node if there are several; 0 runs it on the CPU."""
     distill_cpu: str = "8"
-    """CPU limit of the distill stage, of each node if there are many."""
+    """CPU limit of the distill stage, or of each node if there are several."""
     distill_memory: str = "32Gi"
-    """Memory limit of the distill stage, of each node if there are many."""
+    """Memory limit of the distill stage, or of each node if there are several."""
     quantize_gpus: int = 1
     """GPUs of each quantize stage; 0 runs it on the CPU."""
     quantize_cpu: str = "4"
@@ -46,29 +46,29 @@ class PodSettings(Settings):
 
 
 def light(p: SimpleNamespace, task: PipelineTask) -> PipelineTask:
-    """Size the pod of a stage that computes little; `p` holds the pipeline's parameters by name."""
+    """Size the pod of a stage that needs little computation; `p` holds the pipeline's parameters by name."""
     return _sized(task, p.light_cpu, p.light_memory)
 
 
 def on_gpu(p: SimpleNamespace, stage: str, task: PipelineTask) -> PipelineTask:
-    """Size the pod of a stage that runs on GPUs; 0 of them runs it on the CPU."""
+    """Size the pod of a stage that runs on GPUs, or on the CPU if the number of GPUs is 0."""
     cpu, memory, gpus = (getattr(p, f"{stage}_{resource}") for resource in ("cpu", "memory", "gpus"))
     return _sized(task, cpu, memory).set_accelerator_type(p.gpu_type).set_accelerator_limit(gpus)
 
 
 def _sized(task: PipelineTask, cpu: str, memory: str) -> PipelineTask:
-    """CPU and memory, and retries with a short explicit back-off (KFP's own waits up to an hour)."""
+    """Set CPU, memory, and retries with a short back-off (KFP's default waits up to an hour)."""
     task.set_cpu_limit(cpu).set_memory_limit(memory)
     return task.set_retry(num_retries=2, backoff_duration="30s", backoff_factor=2, backoff_max_duration="5m")
 
 
 def with_store_secret(task: PipelineTask) -> PipelineTask:
-    """Give a task the credentials of the object stores, where there are any."""
+    """Give a task the credentials for the object stores, if they exist."""
     for name, keys in STORE_SECRETS.items():
         kubernetes.use_secret_as_env(task, secret_name=name, secret_key_to_env=keys, optional=True)
     return task
 
 
 def with_hub_secret(task: PipelineTask) -> PipelineTask:
-    """Give a task the token for gated and private models, where there is one."""
+    """Give a task the token for gated and private models, if it exists."""
     return kubernetes.use_secret_as_env(task, secret_name="hf-token", secret_key_to_env={"token": "HF_TOKEN"}, optional=True)

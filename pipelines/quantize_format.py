@@ -1,6 +1,6 @@
 """Quantizing to one format: the body of the pipelines' loop over formats.
 
-It is a pipeline of its own because a loop does not hand resource parameters to its tasks.
+It is a separate pipeline because a loop does not pass resource parameters to its tasks.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ class Quantized(NamedTuple):
 
 
 @dsl.pipeline(name="quantize-format")
-@takes([replace(entry, default=Parameter.empty) for entry in TAKEN])  # the pipeline around it gives each of them
+@takes([replace(entry, default=Parameter.empty) for entry in TAKEN])  # the enclosing pipeline passes all of them
 def quantize_format(
     p: SimpleNamespace, distilled_model: Input[Model], mask: Input[Artifact], tokens: Input[Dataset], format: str
 ) -> Quantized:

@@ -1,4 +1,4 @@
-"""The tables of parameters in the documentation, made from the settings: `python pipelines/reference.py` writes them anew."""
+"""The tables of parameters in the documentation, generated from the settings by `python pipelines/reference.py`."""
 
 import re
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ TITLES = {
 
 
 def table(entries: Iterable[Parameter]) -> str:
-    """Parameters as a table."""
+    """Parameters as a Markdown table."""
     lines = ["| parameter | type | default | |", "|---|---|---|---|"]
     for entry in entries:
         kind = entry.type.__name__ if isinstance(entry.type, type) else entry.type
@@ -39,13 +39,13 @@ def _cell(text: str) -> str:
 
 
 def important() -> str:
-    """The parameters that matter most."""
+    """The table of the parameters that matter most."""
     made = {entry.name: entry for entry in parameters(GROUPS["compress"], model_id=compress.MODEL_ID)}
     return table(made[name] for name in compress.IMPORTANT)
 
 
 def reference() -> str:
-    """All parameters of both pipelines by stage, and the settings that only a stage's own shell has."""
+    """All parameters of both pipelines by stage, and the settings that only a stage's own command line has."""
     one_pod = parameters(GROUPS["compress"], model_id=compress.MODEL_ID)
     many_nodes = parameters(GROUPS["compress-distributed"], **compress_distributed.defaults())
     both = {entry.name for entry in one_pod} & {entry.name for entry in many_nodes}
@@ -58,15 +58,16 @@ def reference() -> str:
         "### Only `compress-distributed`: distillation on many nodes",
         table(entry for entry in many_nodes if entry.name not in both),
     ]
-    parts += ["### Only in a stage's own shell", "| stage | setting | | why pipelines do not have it |\n|---|---|---|---|"]
+    rows = ["| stage | setting | | why pipelines do not offer it |", "|---|---|---|---|"]
     for stage, config, left_out in (("prune", PruneConfig, NOT_OF_PRUNE), ("distill", DistillConfig, NOT_OF_DISTILL)):
         for name, reason in left_out.items():
-            parts[-1] += f"\n| {stage} | `{name}` | {_cell(help_of(config, name))} | {reason} |"
+            rows.append(f"| {stage} | `{name}` | {_cell(help_of(config, name))} | {reason} |")
+    parts += ["### Only on a stage's own command line", "\n".join(rows)]
     return "\n\n".join(parts)
 
 
 def rewritten(text: str, name: str, content: str) -> str:
-    """A document with another content between the marks of a name."""
+    """The document, with the content between the markers for `name` replaced."""
     begin, end = BEGIN.format(name), END.format(name)
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     assert pattern.search(text), f"{begin} … {end} is missing"
@@ -74,7 +75,7 @@ def rewritten(text: str, name: str, content: str) -> str:
 
 
 def documents() -> dict[Path, str]:
-    """The documents with tables of parameters, as they must be."""
+    """Path → up-to-date text of each document with tables of parameters."""
     made = {ROOT / "README.md": ("parameters", important()), ROOT / "pipelines" / "README.md": ("reference", reference())}
     return {path: rewritten(path.read_text(encoding="utf-8"), *content) for path, content in made.items()}
 

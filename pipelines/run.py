@@ -1,6 +1,6 @@
 """Run the whole pipeline on this machine, without a cluster: `python pipelines/run.py --model_id …`.
 
-The very pipeline function that is compiled for clusters runs under `kfp.local`, one process a stage.
+`kfp.local` runs the same pipeline function that is compiled for clusters, with one process per stage.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ HERE = [group for group in GROUPS["compress"] if group.settings is not PodSettin
 
 
 def settings_class() -> type:
-    """A settings class with the pipeline's own parameters, defaults and help; there are no pods to size."""
+    """A settings class with the pipeline's parameters, defaults and help, except for pod sizes, as there are no pods."""
     run_dir = field(default="", metadata={"help": "Folder to create for all artifacts; empty = runs/<date and time>."})
     fields: list[Any] = [("run_dir", str, run_dir)]
     for parameter in parameters(HERE, model_id=MODEL_ID):
@@ -41,7 +41,7 @@ def settings_class() -> type:
 
 
 def show(summary: Path, log_file: Path) -> None:
-    """Print the closing table, and where the report is."""
+    """Print the final table and the paths of the log and the report."""
     table = Table(title="Compressed")
     for column in ("stage", "perplexity", "sparsity", "size MB", "seconds", "peak GB"):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -65,7 +65,7 @@ def _number(value: float | None, unit: float, digits: int) -> str:
 
 
 def main() -> None:
-    """Read the flags, check them, run the pipeline, show the table."""
+    """Parse and check the flags, run the pipeline and print the table."""
     settings = parse(settings_class(), "Prune, distil and quantize a language model on this machine.")
     values = {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(settings)}
     run_dir = Path(values.pop("run_dir") or f"runs/{datetime.now():%Y%m%d-%H%M%S}").absolute()
@@ -74,16 +74,16 @@ def main() -> None:
         check_parameters(HERE, values, on_this_machine=True)
     except ValueError as error:
         fail(error)
-    for name in ("model_id", "train_data", "eval_data"):  # stages run elsewhere: a relative path would be lost
+    for name in ("model_id", "train_data", "eval_data"):  # a stage may run in another working directory
         if Path(values[name]).exists():
             values[name] = str(Path(values[name]).absolute())
-    warnings.filterwarnings("ignore", module=r"kfp\.local")  # what it says about pods
+    warnings.filterwarnings("ignore", module=r"kfp\.local")  # its warnings about pods do not apply here
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(run_dir))
     log_file = run_dir / "run.log"
     try:
         with transcript(log_file, sys.stdout):
             outputs = compress(**values).outputs
-    except RuntimeError as error:  # the failing stage's own lines stand above; kfp's traceback would bury them
+    except RuntimeError as error:  # the failing stage's own lines are above; kfp's traceback would bury them
         fail(RuntimeError(f"{error}; the full log is {log_file}"))
     show(Path(outputs["summary"].path), log_file)
 

@@ -1,6 +1,6 @@
 """Recurring runs on a cluster: `python pipelines/schedule.py create --name nightly --cron '0 0 3 * * ?'`.
 
-One run at a time; times that passed while a schedule was paused or a run took longer are not made up for.
+One run at a time, with no catch-up for runs missed while a schedule was paused or an earlier run was still active.
 """
 
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ from pipelines.package import read_package, read_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class CreateConfig(PipelineConfig):
-    """Upload a pipeline, unless this very version is there already, and run it again and again."""
+    """Upload a pipeline, unless this exact version already exists, and run it on a schedule."""
 
     name: str
     """Name of the schedule; must be new."""
     cron: str = ""
-    """When to run: second minute hour day month weekday, or five fields without the second; in KFP's time zone, UTC."""
+    """When to run: second minute hour day month weekday, or five fields without the second; in KFP's time zone, usually UTC."""
     every: int = 0
-    """When to run: every so many seconds, in place of cron."""
+    """Seconds between runs, instead of cron."""
     start_time: str = ""
-    """No run before, e.g. 2026-12-01T00:00:00Z; empty = now."""
+    """No runs before this time, e.g. 2026-12-01T00:00:00Z; empty = start now."""
     end_time: str = ""
-    """No run after; empty = for ever."""
+    """No runs after this time; empty = no end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,17 +61,17 @@ class NamedConfig(ServerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PauseConfig(NamedConfig):
-    """Start no more runs until it is resumed; a run that has begun goes on."""
+    """Start no more runs until the schedule is resumed; a run that has started continues."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeConfig(NamedConfig):
-    """Start runs again."""
+    """Resume a paused schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeleteConfig(NamedConfig):
-    """Delete a schedule; its runs stay."""
+    """Delete a schedule; its runs are kept."""
 
 
 Command = CreateConfig | ListConfig | PauseConfig | ResumeConfig | DeleteConfig
@@ -83,7 +83,7 @@ class ScheduleConfig:
     """Recurring runs."""
 
     command: Command = subparsers(COMMANDS)  # noqa: RUF009 (it is a field)
-    """What to do; each tells its flags with --help."""
+    """What to do; each command lists its flags with --help."""
 
 
 def _time(parameter: str, text: str) -> datetime:
@@ -97,7 +97,7 @@ def _time(parameter: str, text: str) -> datetime:
 
 
 def create(config: CreateConfig) -> None:
-    """Create a schedule; everything that can be checked here is checked before the first request."""
+    """Create a schedule; everything that can be checked locally is checked before the first request."""
     package = read_package(config.pipeline, cache=not config.no_cache)
     parameters = read_parameters(package, config.params, config.set)
     cron = six_fields(config.cron) if config.cron else None
@@ -153,7 +153,7 @@ def change(config: NamedConfig) -> None:
 
 
 def main() -> None:
-    """Read the flags and do what the command says."""
+    """Parse the flags and run the command."""
     config: Command = parse(ScheduleConfig, "Recurring runs on Kubeflow Pipelines.").command
     try:
         with plain_errors(config.host):

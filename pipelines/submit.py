@@ -13,14 +13,14 @@ from pipelines.watch import problems, wait
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitConfig(PipelineConfig):
-    """Upload a pipeline, unless this very version is there already, and start a run of it."""
+    """Upload a pipeline, unless this exact version already exists, and start a run of it."""
 
     run_name: str = ""
-    """Name of the run; empty = pipeline, date and time."""
+    """Name of the run; empty = the pipeline's name, date and time."""
     wait: bool = False
     """Wait until the run ends; exit code 1 if it does not succeed."""
     timeout: float = 0.0
-    """Seconds to wait at most; the run goes on afterwards. 0 = no limit."""
+    """Maximum number of seconds to wait; the run itself continues afterwards. 0 = no limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -30,13 +30,13 @@ class SubmitConfig(PipelineConfig):
 
 
 def submit(config: SubmitConfig) -> list[str]:
-    """Start the run and wait for it if asked; everything that can be checked here is checked before the first request.
+    """Start the run, and wait for it if requested; what can be checked locally is checked before the first request.
 
     Returns:
-        Why the run did not succeed; nothing if it did, or if nobody waited.
+        Why the run did not succeed; empty if it did, or without `wait`.
 
     Raises:
-        ValueError: a value is wrong, KFP refuses, or the time is up or waiting interrupted.
+        ValueError: a value is wrong, KFP rejects a request, or waiting times out or is interrupted.
     """
     package = read_package(config.pipeline, cache=not config.no_cache)
     parameters = read_parameters(package, config.params, config.set)
@@ -61,7 +61,7 @@ def submit(config: SubmitConfig) -> list[str]:
 
 
 def main() -> None:
-    """Read the flags, start the run, tell how it ended."""
+    """Parse the flags, start the run and report how it ended."""
     config = parse(SubmitConfig, "Upload a pipeline to Kubeflow Pipelines and start a run.")
     try:
         told = submit(config)

@@ -1,6 +1,6 @@
-"""What a run on this machine prints: the stages' own lines go to the terminal, everything goes to a file.
+"""Output of a run on this machine: the terminal gets only the stages' own lines, a log file gets everything.
 
-`kfp.local` surrounds each stage with headers, the executor's input as JSON and lists of artifacts, a hundred lines a stage.
+`kfp.local` surrounds each stage's output with about a hundred lines of headers, executor input as JSON and artifact lists.
 """
 
 import contextlib
@@ -12,20 +12,20 @@ from typing import TextIO
 
 from kfp.local import logging_utils, subprocess_task_handler
 
-EXECUTOR = "[KFP Executor"  # begins the executor's own lines
-INPUT_BEGINS, INPUT_ENDS = "Got executor_input:", "}"  # between them stands the JSON
+EXECUTOR = "[KFP Executor"  # prefix of the executor's own lines
+INPUT_BEGINS, INPUT_ENDS = "Got executor_input:", "}"  # the JSON is between these two
 
 
 @contextlib.contextmanager
 def transcript(path: Path, terminal: TextIO) -> Iterator[None]:
-    """Let `kfp.local` write all it has to say to the file `path`, and to `terminal` what the stages themselves print."""
+    """Write everything that `kfp.local` prints to the file `path`, and what the stages themselves print to `terminal`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in ("CYAN", "GREEN", "RED", "MAGENTA", "RESET"):
         setattr(logging_utils.Color, name, "")
     with path.open("w", encoding="utf-8", buffering=1) as file, contextlib.redirect_stdout(file):
 
         def run_stage(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
-            """Takes the place of the function by which `kfp.local` runs a stage; several may run at once."""
+            """Replaces the function with which `kfp.local` runs a stage; several stages may run in parallel."""
             stage = full_command[full_command.index("--function_to_execute") + 1]
             terminal.write(f"== {stage}\n")
             with subprocess.Popen(
@@ -51,14 +51,14 @@ def transcript(path: Path, terminal: TextIO) -> Iterator[None]:
 
 
 def _written(lines: Iterable[str], file: TextIO) -> Iterator[str]:
-    """The lines, each of which is written to a file on the way."""
+    """Yield the lines unchanged, and write each to `file`."""
     for line in lines:
         file.write(line)
         yield line
 
 
 def own_lines(lines: Iterable[str]) -> Iterator[str]:
-    """What a stage itself prints: not the executor's lines, nor blank ones."""
+    """The lines that a stage itself printed, without the executor's lines and blank lines."""
     inside_input = False
     for line in lines:
         if inside_input:

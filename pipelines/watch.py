@@ -1,4 +1,4 @@
-"""Watching a run on a cluster to its end."""
+"""Watch a run on a cluster until it ends."""
 
 import time
 from typing import Any
@@ -13,21 +13,21 @@ from pipelines.api import REQUEST_SECONDS
 FINISHED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 POLL_SECONDS = 10.0
 SECONDS_BETWEEN_LINES = 60.0
-RETRIES = 30  # polls without an answer, one after another, before waiting ends
+RETRIES = 30  # consecutive polls without an answer, before giving up
 
 
 def wait(client: Client, run_id: str, timeout: float) -> V2beta1Run:
-    """Wait until a run ends, with a line whenever its state changes and now and then.
+    """Wait until a run ends; log a line whenever its state changes, and at least once a minute.
 
     Args:
-        client: where the run is.
-        run_id: which one.
-        timeout: seconds to wait; 0 = no limit.
+        client: client of the KFP server that has the run.
+        run_id: id of the run.
+        timeout: maximum number of seconds to wait; 0 = no limit.
 
     Raises:
-        ValueError: it takes longer; the run itself goes on.
-        ApiException: KFP refuses, or gives no answer many times in a row.
-        HTTPError: it cannot be reached as often.
+        ValueError: the timeout has passed; the run itself continues.
+        ApiException: KFP rejects a request, or too many in a row fail.
+        HTTPError: too many requests in a row do not reach KFP.
     """
     start = time.monotonic()
     told, told_at, silent = "", start, 0
@@ -53,7 +53,7 @@ def wait(client: Client, run_id: str, timeout: float) -> V2beta1Run:
 
 
 def problems(run: V2beta1Run) -> list[str]:
-    """What the API tells of a finished run that did not succeed, the run first and then its failed tasks; else nothing."""
+    """What the API reports about a run that did not succeed: the run first, then its failed tasks; empty if it succeeded."""
     if run.state == "SUCCEEDED":
         return []
     tasks = (run.run_details and run.run_details.task_details) or ()

@@ -1,4 +1,4 @@
-"""Tiny random models, a tokenizer and text, made in the test: no network, no hub, seconds."""
+"""Tiny random models, a tokenizer and text, generated in seconds without network or hub."""
 
 import os
 from pathlib import Path
@@ -40,7 +40,7 @@ def tiny_model(kind: str = "llama", tied: bool = False, seed: int = 0):
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: one token a byte."""
+    """A byte-level tokenizer without merges: one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={sign: index for index, sign in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,14 +48,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(folder: Path, kind: str = "llama", tied: bool = False, seed: int = 0) -> Path:
-    """A tiny checkpoint folder."""
+    """Save a tiny checkpoint; return its folder."""
     tiny_model(kind, tied, seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
 def save_pruned(folder: Path, corpus: Path) -> None:
-    """A tiny dense checkpoint `dense` and its pruned student `pruned` with its mask."""
+    """Save a tiny dense checkpoint `dense`, and its pruned student `pruned` with the mask."""
     from components.prune.config import PruneConfig
     from components.prune.stage import run
 
@@ -74,13 +74,13 @@ def save_pruned(folder: Path, corpus: Path) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    """A tiny dense checkpoint; not to be changed."""
+    """A tiny dense checkpoint; tests must not change it."""
     return save_tiny(tmp_path_factory.mktemp("models") / "dense", "qwen3", tied=True)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A folder with train.txt and test.txt; not to be changed."""
+    """A folder with train.txt and test.txt; tests must not change it."""
     folder = tmp_path_factory.mktemp("corpus")
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
     for split, seed in (("train", 1), ("test", 2)):
@@ -91,5 +91,5 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(params=[("llama", False), ("llama", True), ("qwen3", False), ("qwen3", True)], ids=str)
 def model(request):
-    """Each shape of tiny model in turn: Llama and Qwen3, untied and tied."""
+    """Each kind of tiny model in turn: Llama and Qwen3, untied and tied."""
     return tiny_model(*request.param)

@@ -1,11 +1,12 @@
-"""A small Google Cloud Storage on loopback that keeps its objects on disk: the JSON calls that the client library makes for
-objects, ranged reads and the XML multipart upload, which the emulators on PyPI lack. A process a connection, bodies streamed.
+"""A small Google Cloud Storage server on loopback that keeps its objects on disk: the client library's JSON calls for
+objects, ranged reads, and the XML multipart upload, which the emulators on PyPI lack. One process per connection; bodies are
+streamed.
 
     python tests/gcs_server.py FOLDER [MEGABYTES]      # prints http://127.0.0.1:PORT and serves; a bucket is a folder in FOLDER
 
-With a limit no connection moves more megabytes a second, as none does to a store that is far away.
+MEGABYTES limits the megabytes per second of each connection, as with a remote store.
 
-A body that ends early or whose CRC-32C is not the announced one is not kept, as in the real service.
+A body that ends early, or whose CRC-32C is not the announced one, is discarded, as in the real service.
 """
 
 import base64
@@ -28,7 +29,7 @@ ZEROS = bytes(PIECE)
 
 
 def combine(first: int, second: int, size: int) -> int:
-    """CRC-32C of two strings from that of each; `size` is the length of the second."""
+    """CRC-32C of two concatenated strings from those of each; `size` is the length of the second."""
     crc = first ^ 0xFFFFFFFF
     while size:
         crc = google_crc32c.extend(crc, ZEROS[:size])
@@ -44,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = 2**16
     root: Path
-    limit: float  # bytes a second a connection
+    limit: float  # bytes per second for each connection
 
     def handle_request(self) -> None:
         url = urlsplit(self.path)
@@ -64,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_DELETE = handle_request  # noqa: N815
 
-    # what is kept: data files, and one JSON file an object that lists them in order
+    # what is stored: data files, and one JSON file per object that lists them in order
 
     def meta_file(self, name: str) -> Path:
         return self.root / self.bucket / f"{quote(name, safe='')}.json"
@@ -79,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
             return None
 
     def keep(self, segments: list[tuple[str, int, int]]) -> dict:
-        """Make an object of data files, each given by its path, size and CRC-32C."""
+        """Store an object made of data files, each given by its path, size and CRC-32C."""
         crc = size = 0
         for _, length, part in segments:
             crc, size = combine(crc, part, length), size + length
@@ -90,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         return meta
 
     def body_to(self, path: Path) -> tuple[str, int, int]:
-        """Stream the body of the request to a file; its path, size and CRC-32C."""
+        """Stream the body of the request to a file; return its path, size and CRC-32C."""
         size = left = int(self.headers.get("Content-Length") or 0)
         crc, start = 0, time.monotonic()
         with path.open("wb") as file:
@@ -106,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         return str(path), size, crc
 
     def hold_back(self, start: float, moved: int) -> None:
-        """Wait until this connection may have moved that many bytes."""
+        """Wait until the limit allows this connection to have moved that many bytes."""
         time.sleep(max(start + moved / self.limit - time.monotonic(), 0))
 
     def answer(self, status: int, body: dict | bytes = b"", **headers: str) -> None:
@@ -143,7 +144,7 @@ class Handler(BaseHTTPRequestHandler):
         told = json.loads(upload.read_text())
         self.name, segments = told["name"], told["segments"]
         span, _, total = self.headers["Content-Range"].removeprefix("bytes ").partition("/")
-        if span != "*":  # else it asks how much was kept of what was interrupted
+        if span != "*":  # otherwise it asks how much of an interrupted upload was stored
             segments.append(self.body_to(self.data_file()))
             upload.write_text(json.dumps(told))
         kept = sum(size for _, size, _ in segments)
@@ -208,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
         hashes = self.headers.get("X-Goog-Hash", "")
         if "crc32c=" in hashes and f"crc32c={encoded(segment[2])}" not in hashes:
             self.answer(400, b"<Error><Code>BadDigest</Code></Error>")
-        else:  # the tag says all that is needed to put the object together
+        else:  # the tag holds everything needed to assemble the object
             self.answer(200, ETag=quote(json.dumps(segment)), X_Goog_Hash=f"crc32c={encoded(segment[2])}")
 
     def abort(self) -> None:
@@ -220,7 +221,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ForkingMixIn, HTTPServer):
     request_queue_size = 64
-    max_children = 200  # clients keep their connections
+    max_children = 200  # clients keep their connections open
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""What every stage shares: checkpoint, mask, corpus and tokens, perplexity, progress, command line."""
+"""Code that all stages share: checkpoints, the mask, corpora and tokens, perplexity, progress, the command line."""

@@ -1,4 +1,4 @@
-"""Checks that several settings classes share. Each raises `ValueError` naming parameter, rule and value."""
+"""Checks that several settings classes share. Each raises a `ValueError` that names the parameter, the rule and the value."""
 
 import math
 import re
@@ -8,14 +8,14 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def check_at_least(parameter: str, value: float, low: float) -> None:
-    """`value` >= `low` and finite; NaN fails."""
+    """Check that `value` >= `low` and is finite; NaN fails."""
     if not value >= low:
         raise ValueError(f"{parameter} must be at least {low}, got {value}")
     _not_infinite(parameter, value)
 
 
 def check_above(parameter: str, value: float, low: float) -> None:
-    """`value` > `low` and finite; NaN fails."""
+    """Check that `value` > `low` and is finite; NaN fails."""
     if not value > low:
         raise ValueError(f"{parameter} must be above {low}, got {value}")
     _not_infinite(parameter, value)
@@ -27,25 +27,25 @@ def _not_infinite(parameter: str, value: float) -> None:
 
 
 def check_in_unit_interval(parameter: str, value: float) -> None:
-    """`value` in [0, 1]; NaN fails."""
+    """Check that `value` is in [0, 1]; NaN fails."""
     if not 0 <= value <= 1:
         raise ValueError(f"{parameter} must be in [0, 1], got {value}")
 
 
 def check_one_of(parameter: str, value: str, choices: Collection[str]) -> None:
-    """`value` is one of `choices`."""
+    """Check that `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{parameter} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_not_empty(parameter: str, value: str) -> None:
-    """`value` is not empty."""
+    """Check that `value` is not empty."""
     if not value.strip():
         raise ValueError(f"{parameter} must be given, got {value!r}")
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """`N:M` as (N kept, of M); None for `unstructured`."""
+    """Parse `N:M`, which keeps N of every M weights, as (N, M); None for `unstructured`."""
     if pattern == "unstructured":
         return None
     match = re.fullmatch(r"(\d+):(\d+)", pattern)

@@ -1,4 +1,4 @@
-"""Command line of a stage, made from its settings class."""
+"""The command line of a stage, built from its settings class."""
 
 import importlib
 import os
@@ -14,10 +14,10 @@ from components.core.progress import log
 
 
 def parse(config_class: type, description: str | None = None) -> Any:
-    """Read `config_class` from the command line; a rule that a value breaks ends the program with one line."""
+    """Read `config_class` from the command line; an invalid value ends the program with a one-line error."""
     parser = ArgumentParser(add_option_string_dash_variants=DashVariant.UNDERSCORE, description=description)
     arguments = parser.add_arguments(config_class, dest="config")
-    # a stage's own settings first, then those that it shares with others
+    # a stage's own settings first, then the ones that it shares with other stages
     depth = {name: depth for depth, base in enumerate(config_class.__mro__) for name in vars(base).get("__annotations__", ())}
     arguments.fields.sort(key=lambda entry: depth[entry.name])
     try:
@@ -29,8 +29,8 @@ def parse(config_class: type, description: str | None = None) -> Any:
 def main(config_class: type, stage: str) -> None:
     """Run the `run` function of the module `stage` with settings from the command line.
 
-    The module is imported after the settings were checked, so that a wrong value is told at once. SIGTERM, with which a
-    pod is stopped, ends the program as an exception does, so that nothing half-written is left.
+    The module is imported after the settings have been checked, so that a wrong value is reported immediately. SIGTERM,
+    which stops a pod, ends the program like an exception, so that no half-written output is left behind.
     """
     config = parse(config_class)
     stop_at_sigterm()
@@ -43,18 +43,18 @@ def main(config_class: type, stage: str) -> None:
 
 
 def stop_at_sigterm() -> None:
-    """Let SIGTERM end the program as an exception does; the first process of a container would not even notice it."""
-    if threading.current_thread() is threading.main_thread():  # no other may set a handler
+    """Make SIGTERM end the program like an exception; by default, the first process of a container ignores it."""
+    if threading.current_thread() is threading.main_thread():  # only this thread may set a handler
         signal.signal(signal.SIGTERM, _stop)
 
 
 def _stop(number: int, _: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not end the cleaning up
+    signal.signal(number, signal.SIG_IGN)  # a second SIGTERM must not interrupt the clean-up
     raise SystemExit(128 + number)
 
 
 def fail(error: Exception) -> Any:
-    """End the program with the error as one line; the traceback follows if COMPRESS_DEBUG is set."""
+    """End the program with a one-line error, preceded by the traceback if COMPRESS_DEBUG is set."""
     if os.environ.get("COMPRESS_DEBUG"):
         traceback.print_exception(error)
     print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)

@@ -1,11 +1,11 @@
-"""Text by one spec string.
+"""Text corpora, each named by one spec string.
 
-- `Salesforce/wikitext:wikitext-2-raw-v1`: a dataset of the hub, `name:configuration`, through `datasets`;
-- a local .txt, .jsonl or .parquet file (the last two with a `text` column), or a folder of such files; files in a folder
-  whose names begin with train, or with test, eval or valid, are its training and its evaluation text;
-- `builtin:python-docs`: the language reference inside every CPython, in English, for runs without a network.
+- `Salesforce/wikitext:wikitext-2-raw-v1`: a hub dataset, `name:configuration`, loaded with `datasets`;
+- a local .txt, .jsonl or .parquet file (the last two with a `text` column), or a folder of such files; in a folder, files
+  whose names begin with train are the training text, and those with test, eval or valid the evaluation text;
+- `builtin:python-docs`: the English language reference that ships with CPython, for runs without a network.
 
-Documents are joined by a blank line, as the field does for WikiText perplexity (GPTQ, SparseGPT).
+Documents are joined by a blank line, as is usual for WikiText perplexity (GPTQ, SparseGPT).
 """
 
 import hashlib
@@ -24,14 +24,14 @@ TOKENS_FILE = "tokens.safetensors"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 EVAL_NAMES = ("test", "eval", "valid")
 SEPARATOR = "\n\n"
-SHARED_PARAGRAPH = 40  # characters; two topics of the docs that share so long a paragraph go to the same split
+SHARED_PARAGRAPH = 40  # characters; topics that share a paragraph at least this long go to the same split
 
 
 def check_corpus(parameter: str, spec: str) -> None:
-    """Check a spec without the network or reading the text.
+    """Check a spec without using the network or reading the text.
 
     Raises:
-        ValueError: no such file, a file of another kind, an empty folder, or no spec at all.
+        ValueError: the spec is empty, an unknown `builtin:`, a missing path, an unsupported file or a folder without text.
     """
     if spec == PYTHON_DOCS or is_hub(spec):
         return
@@ -47,18 +47,18 @@ def check_corpus(parameter: str, spec: str) -> None:
 
 
 def check_data(parameter: str, data: str) -> None:
-    """Check a setting that takes a tokens folder or a corpus spec. Errors as `check_corpus`."""
+    """Check a setting that takes a tokens folder or a corpus spec. Raises the errors of `check_corpus`."""
     if not is_tokens(data):
         check_corpus(parameter, data)
 
 
 def is_tokens(data: str) -> bool:
-    """Whether `data` is a tokens folder, as the tokenize stage writes it."""
+    """Whether `data` is a tokens folder, as written by the tokenize stage."""
     return (Path(data) / TOKENS_FILE).is_file()
 
 
 def is_hub(spec: str) -> bool:
-    """Whether a spec names a dataset of the hub: `name:configuration`, or `owner/name` that is no local path."""
+    """Whether a spec names a hub dataset: `name:configuration`, or an `owner/name` that is not a local path."""
     return (
         not spec.startswith("builtin:")
         and not Path(spec).exists()
@@ -71,14 +71,14 @@ def load_text(parameter: str, spec: str, split: str, revision: str | None = None
     """The `train` or `eval` text of a corpus as one string.
 
     Args:
-        parameter: name of the setting, for messages.
-        spec: see the module.
+        parameter: name of the setting, for error messages.
+        spec: see the module's docstring.
         split: `train` or `eval`.
-        revision: what `resolve_corpus` named; None = whatever is there now.
+        revision: the version that `resolve_corpus` returned; None = the current one.
 
     Raises:
-        ValueError: the corpus has no such split, is empty, cannot be read, is no longer at the revision, or the hub
-            refuses it.
+        ValueError: the corpus has no such split, is empty, cannot be read, is no longer at the revision, or is refused
+            by the hub.
     """
     check_corpus(parameter, spec)
     if revision and not is_hub(spec) and (found := resolve_corpus(parameter, spec)) != revision:
@@ -96,10 +96,10 @@ def load_text(parameter: str, spec: str, split: str, revision: str | None = None
 
 
 def resolve_corpus(parameter: str, spec: str) -> str:
-    """Name the exact version of a corpus without fetching it: the commit on the hub, or a fingerprint of the local files.
+    """Find the exact version of a corpus without downloading it: its hub commit, or a fingerprint of its local files.
 
     Raises:
-        ValueError: as `check_corpus`; or the hub does not have it, says what to do.
+        ValueError: as for `check_corpus`, or the hub does not provide it; the message says what to do.
     """
     check_corpus(parameter, spec)
     if spec == PYTHON_DOCS:
@@ -117,8 +117,8 @@ def resolve_corpus(parameter: str, spec: str) -> str:
 def python_docs() -> dict[str, list[str]]:
     """Split the topics of `pydoc_data` into train and eval so that no paragraph is in both.
 
-    Some topics quote others at length (`compound` holds all of `for`), so topics that share a paragraph stay together;
-    every fifth of the groups that remain, by name, is for evaluation.
+    Some topics quote others at length (`compound` contains all of `for`), so topics that share a paragraph are grouped;
+    every fifth group, in order of name, is for evaluation.
     """
     from pydoc_data.topics import topics
 
@@ -150,7 +150,7 @@ def _hub_documents(parameter: str, spec: str, split: str, revision: str | None) 
     datasets.disable_progress_bars()
     try:
         loaded: Any = datasets.load_dataset(name, config or None, revision=revision)
-    except Exception as error:  # the hub's client raises many kinds; the user needs one line
+    except Exception as error:  # the hub's client raises many exception types; the user needs one line
         raise ValueError(
             f"{parameter} must be a dataset that can be reached, got {spec}: {type(error).__name__}: {error}. "
             "Check its name, `hf auth login` if it is gated, or give a local file"
@@ -167,7 +167,7 @@ def _folder_files(folder: Path) -> list[Path]:
 
 
 def _local_files(path: Path, split: str) -> list[Path]:
-    """The files of a split. A file or a folder without named splits is one text, whatever it is used for."""
+    """The files of a split. A single file, or a folder without named splits, serves as either split."""
     if path.is_file():
         return [path]
     files = _folder_files(path)
@@ -195,19 +195,19 @@ def _read_file(parameter: str, file: Path) -> Iterator[str]:
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it also logs what it raises
     kind = "json" if file.suffix == ".jsonl" else "parquet"
     if not file.stat().st_size:
         return
     try:
         table: Any = datasets.load_dataset(kind, data_files=str(file), split="train")
-    except Exception as error:  # it raises many kinds, Arrow's among them
+    except Exception as error:  # it raises many exception types, including Arrow's
         raise ValueError(f"{parameter} must be readable {kind}, {file} is not: {error.__cause__ or error!r}") from error
     yield from _texts(parameter, str(file), table)
 
 
 def _texts(parameter: str, spec: str, table: Any) -> Iterator[str]:
-    """The texts of a table of `datasets`."""
+    """Yield the texts of a `datasets` table."""
     if "text" not in table.column_names:
         raise ValueError(f"{parameter} must have a 'text' column, {spec} has {table.column_names}")
     for row, text in enumerate(table["text"], start=1):
@@ -217,7 +217,7 @@ def _texts(parameter: str, spec: str, table: Any) -> Iterator[str]:
 
 
 def check_held_out(parameter: str, train_data: str, eval_data: str) -> None:
-    """Check that evaluation reads other local files than training, whose setting is `parameter`.
+    """Check that evaluation and training, whose setting is `parameter`, read different local files.
 
     Raises:
         ValueError: they share a file.
@@ -230,7 +230,7 @@ def check_held_out(parameter: str, train_data: str, eval_data: str) -> None:
 
 
 def splits_overlap(train_spec: str, eval_spec: str) -> bool:
-    """Whether training and evaluation would read the same local files; those of a tokens folder are known to differ."""
+    """Whether training and evaluation would share a local file; the splits of a tokens folder are known to differ."""
     if any(spec == PYTHON_DOCS or is_hub(spec) or is_tokens(spec) for spec in (train_spec, eval_spec)):
         return False
     train = {file.resolve() for file in _local_files(Path(train_spec), "train")}

@@ -1,4 +1,4 @@
-"""Atomic outputs: a folder or file appears whole under its name, or not at all."""
+"""Atomic outputs: a file or folder appears under its name complete, or not at all."""
 
 import contextlib
 import hashlib
@@ -16,15 +16,15 @@ def check_new(parameter: str, path: str | os.PathLike[str], bytes_needed: int = 
     """Check, before any heavy work, that `path` can be created.
 
     Args:
-        parameter: name of the setting, for the message.
+        parameter: name of the setting, for the error message.
         path: the file or folder to be created.
-        bytes_needed: what will be written there, about.
+        bytes_needed: approximate size of what will be written there.
 
     Raises:
-        ValueError: it exists already, its place cannot be written, or the disk is too full.
+        ValueError: `path` already exists, its folder is not writable, or the disk is too full.
     """
     target = Path(path).absolute()
-    if os.path.lexists(target):  # unlike Path.exists it takes what cannot be looked at for missing
+    if os.path.lexists(target):  # unlike Path.exists, this treats an inaccessible path as missing
         raise ValueError(f"{parameter} must not exist yet, got {path}")
     place = next(folder for folder in target.parents if os.path.lexists(folder))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
@@ -36,21 +36,21 @@ def check_new(parameter: str, path: str | os.PathLike[str], bytes_needed: int = 
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary sibling folder that is renamed to `path` when the block ends well, and removed otherwise."""
+    """Yield a temporary sibling folder that is renamed to `path` if the block succeeds, and removed otherwise."""
     target = Path(path).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
         yield scratch
-        _open_to_readers(scratch)
+        _restore_usual_modes(scratch)
         scratch.rename(target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
-def _open_to_readers(path: Path) -> None:
-    """Give a file, or a folder and all in it, the usual modes: mkdtemp and safetensors make them private, pods share them."""
+def _restore_usual_modes(path: Path) -> None:
+    """Give a file or a folder with its contents the usual modes: mkdtemp and safetensors make them private, pods share them."""
     umask = os.umask(0)
     os.umask(umask)
     for entry in (path, *path.rglob("*")):
@@ -59,13 +59,13 @@ def _open_to_readers(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary sibling path that replaces `path` when the block ends well, and is removed otherwise."""
+    """Yield a temporary sibling path that replaces `path` if the block succeeds, and is removed otherwise."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     try:
         yield scratch
-        _open_to_readers(scratch)
+        _restore_usual_modes(scratch)
         scratch.replace(target)
     except BaseException:
         scratch.unlink(missing_ok=True)
@@ -73,7 +73,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN is refused: it is not JSON."""
+    """Write `value` as indented JSON, atomically. NaN raises ValueError, as it is not valid JSON."""
     with new_file(path) as scratch:
         scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -82,7 +82,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: the file is not JSON.
+        ValueError: the file is not valid JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -91,7 +91,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def sample_fingerprint(files: Iterable[Path], samples: int = 64, size: int = 65536) -> str:
-    """SHA-256 over sizes of files and pieces spread evenly over them: tells models apart without reading them whole."""
+    """SHA-256 over the sizes of files and evenly spread samples of them: distinguishes models without reading them in full."""
     digest = hashlib.sha256()
     for path in files:
         length = path.stat().st_size
@@ -104,7 +104,7 @@ def sample_fingerprint(files: Iterable[Path], samples: int = 64, size: int = 655
 
 
 def stat_fingerprint(files: Iterable[Path]) -> str:
-    """SHA-256 over names, sizes and times of files: cheap, and another one when a file changes."""
+    """SHA-256 over the names, sizes and modification times of files: cheap, and changes whenever a file does."""
     digest = hashlib.sha256()
     for file in files:
         if file.is_file():

@@ -1,7 +1,7 @@
-"""What was done to a model: each stage's record, and the model's history, which is the records of all stages in order.
+"""What was done to a model: the record of each stage, and the model's history, which lists them in order.
 
-A record is kept whole in `<stage>_stats.json`; its summary is the last step of the history in `compression.json`, which also
-names the model's source. The report and the publish stage read nothing else, and so nothing here needs torch.
+The full record is in `<stage>_stats.json`; its summary is the last step of the history in `compression.json`, which also
+names the model's source. The report and publish stages read nothing else, so nothing here needs torch.
 """
 
 import importlib.metadata
@@ -17,7 +17,7 @@ from components.core.checkpoint.files import weight_bytes
 from components.core.files import read_json, write_json
 
 HISTORY_FILE = "compression.json"
-REPORT_PAGE, REPORT_SUMMARY = "report.html", "summary.json"  # what the report stage writes and the publish stage uploads
+REPORT_PAGE, REPORT_SUMMARY = "report.html", "summary.json"  # written by the report stage, uploaded by the publish stage
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "safetensors", "optimum-quanto", "compressed-tensors", "kfp")
 
 
@@ -25,9 +25,9 @@ RECORDED_PACKAGES = ("torch", "transformers", "datasets", "safetensors", "optimu
 class StageRecord:
     """One step of a model's history.
 
-    `measured` holds scalars: perplexity, sparsity, bytes, seconds, peak_memory_bytes, … `perplexity_text` names the text
-    by fingerprint, so that two perplexities are compared or reused only on the same blocks. `details` holds long lists
-    (loss by step, error by layer), which stay out of `compression.json`.
+    `measured` holds scalars: perplexity, sparsity, bytes, seconds, peak_memory_bytes, … `perplexity_text` is a
+    fingerprint of the text, so that perplexities are only compared or reused if they were measured on the same blocks.
+    `details` holds long lists (loss per step, error per layer), which are left out of `compression.json`.
     """
 
     stage: str
@@ -50,7 +50,7 @@ class StageRecord:
         """Read a record.
 
         Raises:
-            ValueError: the file is no record.
+            ValueError: the file is not a record.
         """
         try:
             return cls(**read_json(path))
@@ -59,7 +59,7 @@ class StageRecord:
 
 
 def read_history(folder: str | Path) -> dict[str, Any]:
-    """The content of `compression.json`; for a checkpoint from elsewhere, a history that begins with this folder."""
+    """The content of `compression.json`; for a checkpoint without one, an empty history whose source is this folder."""
     path = Path(folder) / HISTORY_FILE
     if path.is_file():
         history = read_json(path)
@@ -72,7 +72,7 @@ def read_history(folder: str | Path) -> dict[str, Any]:
 def write_history(folder: Path, history: dict[str, Any], record: StageRecord) -> None:
     """Write `compression.json` with the record's summary as the last step, and the whole record beside it.
 
-    Adds `bytes`, those of the folder's weights, to the record's measurements.
+    Adds `bytes`, the size of the folder's weights, to the record's measurements.
     """
     record.measured["bytes"] = weight_bytes(folder)
     write_json(folder / HISTORY_FILE, history | {"steps": [*history["steps"], record.summary()]})
@@ -80,18 +80,18 @@ def write_history(folder: Path, history: dict[str, Any], record: StageRecord) ->
 
 
 def stats_file(stage: str) -> str:
-    """Name of a stage's record in its output folder, e.g. `distill_stats.json`."""
+    """File name of a stage's record in its output folder, e.g. `distill_stats.json`."""
     return f"{stage}_stats.json"
 
 
 def known_perplexity(history: dict[str, Any], text: str) -> float | None:
-    """The perplexity that the model's last step measured, if it was on the same text; nothing is measured twice."""
+    """The perplexity that the model's last step measured, if on the same text, so that it need not be measured again."""
     measured = history["steps"][-1]["measured"] if history["steps"] else {}
     return measured.get("perplexity") if measured.get("perplexity_text") == text else None
 
 
 class Stopwatch:
-    """Seconds and peak memory since it was made."""
+    """Measures elapsed time and peak memory."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
@@ -111,13 +111,13 @@ class Stopwatch:
 
 
 def _gpu() -> Any:
-    """torch.cuda where a GPU is used; a stage that never imported torch uses none."""
+    """`torch.cuda` if a GPU is available, otherwise None; a stage that never imported torch does not use one."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that shape the result."""
+    """Versions of Python and of the packages that affect the result."""
     found = {"python": platform.python_version()}
     for package in RECORDED_PACKAGES:
         try:
@@ -128,7 +128,7 @@ def versions() -> dict[str, str]:
 
 
 def log_metrics(record: StageRecord, metrics: Any, stats_path: str = "") -> None:
-    """Log a record's numbers to a KFP `Metrics` artifact and, where there is a `stats_path`, write the whole record there."""
+    """Log a record's numbers to a KFP `Metrics` artifact and, if `stats_path` is given, write the whole record there."""
     for name, value in record.measured.items():
         if isinstance(value, int | float):
             metrics.log_metric(name, value)

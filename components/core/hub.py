@@ -1,4 +1,4 @@
-"""What the Hugging Face hub answers, in words for the user."""
+"""Errors of the Hugging Face hub, explained to the user."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def hub_errors(parameter: str, name: str) -> Iterator[None]:
-    """Turn what the hub's client raises into one line that says what to do."""
+    """Turn exceptions of the hub's client into a one-line ValueError that says what to do."""
     from huggingface_hub import errors
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 

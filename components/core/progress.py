@@ -15,7 +15,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def log(line: str) -> None:
-    """Print one plain line at once, so that a pod's log shows it when it happens; of several processes the first prints."""
+    """Print one plain line and flush it, so that a pod's log shows it immediately; only the process of rank 0 prints."""
     if os.environ.get("RANK", "0") != "0":
         return
     tqdm.write(line, file=sys.stdout)
@@ -30,13 +30,13 @@ def log_perplexity(name: str, value: float, prefix: str = "") -> None:
 def track(items: Iterable[T], what: str, total: int, note: Callable[[], str] = lambda: "") -> Iterator[T]:
     """Yield `items`, showing how many are done and the time left.
 
-    A terminal gets a bar; a log gets a plain line now and then, without control characters.
+    A terminal gets a progress bar; a log gets a plain line every few seconds, without control characters.
 
     Args:
-        items: what is worked on; may end before `total`.
-        what: name of the work.
+        items: the work items; may end before `total`.
+        what: name of the work, shown with the progress.
         total: how many items there are.
-        note: more to say of the work, asked for with each line.
+        note: returns further text; called for each update.
     """
     if sys.stderr.isatty():
         with tqdm(items, desc=what, total=total, leave=False, dynamic_ncols=True) as bar:
@@ -58,7 +58,7 @@ def track(items: Iterable[T], what: str, total: int, note: Callable[[], str] = l
 
 
 def quiet_bars() -> contextlib.AbstractContextManager[object]:
-    """Hide the progress bars of libraries that draw them even where there is no terminal."""
+    """Hide progress bars that libraries draw even if there is no terminal."""
     return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
 
 

@@ -1,9 +1,9 @@
 """What the settings classes of all stages have in common.
 
-A stage's parameters are the fields of a frozen dataclass, each documented by the text below it. That is the only place where a
-parameter is defined: its flag, its entry in the pipelines, its check and its row in the reference table all follow from it.
+A stage's parameters are the fields of a frozen dataclass, each documented by the string below it. A parameter is defined
+only there: its flag, its entry in the pipelines, its check and its row in the reference table all follow from it.
 
-Values and places are checked apart. `__post_init__` checks what can be told from the values alone, also on a machine that only
+Values and the environment are checked separately. `__post_init__` checks the values themselves, even on a machine that only
 submits runs; `check_environment` checks what the machine that does the work must have: files, folders, packages.
 """
 
@@ -15,28 +15,28 @@ from typing import Any, TypeVar
 from components.core.checks import DTYPES, check_at_least, check_one_of
 from components.core.corpus import WIKITEXT2, check_corpus, check_held_out
 
-# Kinds of settings, given as `field(metadata=…)`, where the kind decides who takes a setting. One without a kind shapes the
-# result.
-INPUT = {"kind": "input"}  # names what is read, and is compared by its content
-OUTPUT = {"kind": "output"}  # names what is written
-START = {"kind": "start"}  # says how processes are started
-EXECUTION = {"kind": "execution"}  # says how the work is carried out: the result is the same, whatever its value
+# Kinds of settings, passed as `field(metadata=…)` where other code selects settings by kind. A setting without a kind affects
+# the result.
+INPUT = {"kind": "input"}  # names an input, which is compared by its content
+OUTPUT = {"kind": "output"}  # names an output
+START = {"kind": "start"}  # how processes are started
+EXECUTION = {"kind": "execution"}  # how the work is carried out; does not affect the result
 
 S = TypeVar("S")
 
 
 def names_of(config_class: type, *kinds: Mapping[str, str]) -> set[str]:
-    """Names of the fields that are of one of the kinds."""
+    """Names of the fields of any of these kinds."""
     return {entry.name for entry in dataclasses.fields(config_class) if dict(entry.metadata) in kinds}
 
 
 def configure(config_class: type[S], values: Mapping[str, Any], **bound: Any) -> S:
-    """Make settings from values by name.
+    """Build settings from named values.
 
     Args:
         config_class: the settings class.
-        values: value by name, such as the `locals()` of a component; names that are no field are left out.
-        bound: fields that are not taken from `values`.
+        values: name → value, such as the `locals()` of a component; names that are not fields are ignored.
+        bound: values of fields that are not taken from `values`.
     """
     names = {entry.name for entry in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     return config_class(**{name: value for name, value in values.items() if name in names} | bound)
@@ -44,13 +44,13 @@ def configure(config_class: type[S], values: Mapping[str, Any], **bound: Any) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The root of all settings classes, where their chains of checks end."""
+    """The base of all settings classes, where their chains of `super()` checks end."""
 
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError."""
 
     def check_environment(self) -> None:
-        """Check what the settings need of this machine: files, folders, packages. Raises ValueError."""
+        """Check that this machine has what the settings need: files, folders, packages. Raises ValueError."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class TextSettings(Settings):
     train_data: str = WIKITEXT2
     """Corpus for calibration and training: hub dataset `name:configuration`, local file or folder, or builtin:python-docs."""
     eval_data: str = WIKITEXT2
-    """Corpus for perplexity; may be the same, its evaluation split is read."""
+    """Corpus for perplexity; may be the same as train_data, since its evaluation split is read."""
 
     def check_environment(self) -> None:
         """See `Settings`."""
@@ -89,7 +89,7 @@ class CalibrationSettings(BlockSettings):
     """How much calibration text is used."""
 
     nsamples: int = 64
-    """Calibration blocks."""
+    """Number of calibration blocks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,7 +101,7 @@ class EvalBlockSettings(Settings):
     """How evaluation text is cut into blocks of tokens."""
 
     eval_blocks: int = 0
-    """Evaluation blocks; 0 = all."""
+    """Number of evaluation blocks; 0 = all."""
     eval_seq_len: int = 2048
     """Tokens in an evaluation block; published numbers use 2048."""
 
@@ -116,12 +116,12 @@ class EvalSettings(EvalBlockSettings):
     """Whether perplexity is measured, and on how much text."""
 
     skip_ppl_eval: bool = False
-    """Measure no perplexity."""
+    """Do not measure perplexity."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodeSettings(Settings):
-    """Whether a model may bring code."""
+    """Whether a model may bring its own code."""
 
     trust_remote_code: bool = field(default=False, metadata=EXECUTION)
     """Run Python code that comes with the model or its tokenizer."""
@@ -129,7 +129,7 @@ class CodeSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(CodeSettings):
-    """In which number format a model is loaded."""
+    """The number format in which a model is loaded."""
 
     dtype: str = "auto"
     """Number format of the model's weights and activations: float32, float16, bfloat16, or auto, which is float16 on a GPU and

@@ -1,7 +1,7 @@
-"""Token blocks: text as fixed-length rows of token ids, with the fingerprints of tokenizer and corpus.
+"""Token blocks: text as fixed-length rows of token ids, with the fingerprints of the tokenizer and the corpus.
 
-The tokens artifact is a folder with one `tokens.safetensors`: int32 tensors `calibration` [nsamples, seq_len], `train`
-[n, seq_len] and `eval` [m, eval_seq_len], and their fingerprints as metadata, so that no later stage needs the network.
+The tokens artifact is a folder with one file, `tokens.safetensors`: int32 tensors `calibration` [nsamples, seq_len], `train`
+[n, seq_len] and `eval` [m, eval_seq_len], with the fingerprints as metadata, so that no later stage needs the network.
 """
 
 import hashlib
@@ -36,26 +36,26 @@ class TokenBlocks:
     tokenizer: str
 
     def fingerprint(self) -> str:
-        """What a perplexity is measured on: these very tokens, cut this way."""
+        """Identifies what a perplexity is measured on: exactly these tokens, cut into these blocks."""
         digest = hashlib.sha256(self.ids.to(torch.int32).numpy().tobytes())
         digest.update(json.dumps([list(self.ids.shape), self.tokenizer]).encode())
         return digest.hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary and of what a probe text becomes."""
+    """SHA-256 of the vocabulary and of the token ids of a probe text."""
     probe = tokenizer("The quick brown fox, 42 times:\n\n\tümlaut 漢字", verbose=False)["input_ids"]
     return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), probe]).encode()).hexdigest()
 
 
 def sequential_blocks(ids: Tensor, seq_len: int, count: int = 0) -> Tensor:
-    """Cut a stream of ids [n] into its non-overlapping blocks [blocks, seq_len]; the first `count` of them if not 0."""
+    """Cut a stream of ids [n] into non-overlapping blocks [blocks, seq_len]; only the first `count` if that is not 0."""
     blocks = ids[: ids.numel() // seq_len * seq_len].view(-1, seq_len)
     return blocks[:count] if count else blocks
 
 
 def random_blocks(ids: Tensor, seq_len: int, count: int, seed: int) -> Tensor:
-    """Draw `count` windows [count, seq_len] at random places of a stream of ids [n], as GPTQ and SparseGPT calibrate."""
+    """Draw windows [count, seq_len] at random positions in a stream of ids [n], as GPTQ and SparseGPT do to calibrate."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, ids.numel() - seq_len, (count,), generator=generator)
     return torch.stack([ids[start : start + seq_len] for start in starts.tolist()])
@@ -74,20 +74,20 @@ def build_blocks(
     """Tokenize a corpus and cut it: random windows for `calibration`, consecutive blocks for `train` and `eval`.
 
     Args:
-        parameter: name of the setting, for messages.
+        parameter: name of the setting, for error messages.
         spec: see `components.core.corpus`.
         split: `calibration`, `train` or `eval`.
         tokenizer: a Hugging Face tokenizer.
-        seq_len: tokens a block.
-        count: blocks wanted; 0 = all (not for calibration).
-        seed: of the random windows.
+        seq_len: tokens per block.
+        count: number of blocks; 0 = all (not for calibration).
+        seed: seed of the random windows.
         revision: commit of a hub dataset.
 
     Raises:
         ValueError: the corpus is too short for one block, or for `count` of them.
     """
     text = load_text(parameter, spec, "eval" if split == "eval" else "train", revision)
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])  # the tokenizer's own special tokens, as GPTQ does
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])  # with the tokenizer's special tokens, as in GPTQ
     needed = seq_len + 1 if split == "calibration" else seq_len * max(count, 1)
     if ids.numel() < needed:
         raise ValueError(
@@ -101,7 +101,7 @@ def save_tokens(blocks: dict[str, TokenBlocks], folder: Path) -> None:
     """Write the splits of a tokens artifact.
 
     Raises:
-        OSError: the disk is full or cannot be written.
+        OSError: the disk is full or not writable.
     """
     metadata = {"format": FORMAT, "tokenizer": blocks["eval"].tokenizer}
     metadata |= {f"corpus.{split}": part.corpus for split, part in blocks.items()}
@@ -115,10 +115,10 @@ def save_tokens(blocks: dict[str, TokenBlocks], folder: Path) -> None:
 def load_blocks(
     parameter: str, data: str, split: str, tokenizer: Any, seq_len: int, count: int = 0, seed: int = 0
 ) -> TokenBlocks:
-    """Blocks from a tokens artifact, or built from a corpus spec. Arguments and errors as in `build_blocks`.
+    """Load blocks from a tokens artifact, or build them from a corpus spec. Arguments and errors as in `build_blocks`.
 
     Raises:
-        ValueError: also if the artifact was made by another tokenizer, with another length, or holds fewer blocks.
+        ValueError: also if the artifact was made with another tokenizer or block length, or has too few blocks.
     """
     if not is_tokens(data):
         return build_blocks(parameter, data, split, tokenizer, seq_len, count, seed)

@@ -1,8 +1,8 @@
-"""Where the training runs: one process, or several under FSDP; `with_deepspeed` is the third. Only wrap, step and save differ.
+"""Training backends: a single process and FSDP; DeepSpeed is in `with_deepspeed`. They differ in how they wrap, step and save.
 
-All of them keep the invariant in the same places: gradients of pruned weights are zero before the norm is taken, pruned
-weights are zero after every step. FSDP touches local shards only; under DeepSpeed the fp32 master partition is masked,
-or its next all-gather would write old values back.
+All of them enforce the mask at the same points: gradients of pruned weights are zeroed before the norm is computed, and pruned
+weights after every step. FSDP masks only local shards; under DeepSpeed the fp32 master partition is masked too, because its
+next all-gather would otherwise write old values back.
 """
 
 import math
@@ -26,18 +26,18 @@ T = TypeVar("T")
 
 
 def finite(norm: Any) -> float | None:
-    """A gradient's norm; None where it is unknown, or infinite in a step that loss scaling skips."""
+    """A gradient's norm, or None if it is unknown or, as in a step that loss scaling skips, not finite."""
     return float(norm) if norm is not None and math.isfinite(norm) else None
 
 
 class SingleProcess:
-    """Plain PyTorch, and the steps that the other backends replace.
+    """Plain PyTorch, with methods that the other backends override.
 
     Attributes:
-        decoder: ids → hidden states, as the loop calls it.
+        decoder: ids → hidden states, as called by the loop.
         head: hidden states → logits; never trained.
-        parameters: name → parameter that trains, sharded or not.
-        pruned: name → local bool tensor, True = pruned, of the local shape.
+        parameters: name → trained parameter, sharded or not.
+        pruned: name → bool tensor of the parameter's local shape, True = pruned.
     """
 
     rank = 0
@@ -50,11 +50,11 @@ class SingleProcess:
         self.scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype is torch.float16)
 
     def autocast(self) -> torch.autocast:
-        """The compute format of a forward pass; weights stay float32."""
+        """Autocast a forward pass to the compute dtype; weights stay float32."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype is not torch.float32)
 
     def prepare(self, student: Any, mask: Mask, total_steps: int) -> None:
-        """Freeze, wrap, and make optimizer and schedule."""
+        """Freeze and wrap the student, and create the optimizer and the schedule."""
         self.student = student
         self.best: dict[str, Tensor] = {}
         self.decoder, self.head = decoder_and_head(student)
@@ -77,20 +77,20 @@ class SingleProcess:
         """Distribute the model; nothing to do for one process."""
 
     def engage(self, student: Any) -> None:
-        """Hand model and optimizer to an engine; nothing to do without one."""
+        """Pass the model and the optimizer to an engine; nothing to do without one."""
 
     def place(self, full: Tensor, parameter: Tensor) -> Tensor:
-        """The part of a whole tensor that lies beside this process's part of `parameter`."""
+        """The part of a full tensor that corresponds to this process's part of `parameter`."""
         return full.to(parameter.device)
 
     def backward(self, loss: Tensor, micro_batches: int) -> None:
-        """Add the gradient of one of an optimizer step's micro-batches."""
+        """Accumulate the gradient of one micro-batch of an optimizer step."""
         self.scaler.scale(loss / micro_batches).backward()
 
     def step(self) -> float | None:
-        """One optimizer step; returns the gradient's norm before clipping, None where it is not known."""
+        """Take one optimizer step; returns the gradient's norm before clipping, or None if it is unknown."""
         self.scaler.unscale_(self.optimizer)
-        mask_gradients(self.parameters, self.pruned)  # before clipping: the norm is that of what trains
+        mask_gradients(self.parameters, self.pruned)  # before clipping, so that the norm covers only kept weights
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -100,50 +100,50 @@ class SingleProcess:
         return finite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Name → whole trained weight, on every process."""
+        """Name → full trained weight, on every process."""
         return {name: parameter.detach().cpu() for name, parameter in self.parameters.items()}
 
     def keep_best(self) -> None:
-        """Remember the trained weights as they are now; each process its own part."""
+        """Remember the current trained weights; each process keeps its own part."""
         self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
     def restore_best(self) -> None:
-        """Go back to the weights that were remembered."""
+        """Restore the weights that `keep_best` remembered."""
         for name, value in self.best.items():
             self.parameters[name].copy_(value)
 
     def save_state(self, folder: Path) -> None:
-        """Write weights, moments and random state; every process must call this."""
+        """Write weights, Adam's moments and random state; every process must call this."""
         state = training_state(self) | {f"random.{self.rank}": torch.get_rng_state()}
         save_distributed(state, checkpoint_id=folder, no_dist=self.world_size == 1)
 
     def load_state(self, folder: Path, same_processes: bool, has_best: bool) -> None:
-        """Read what `save_state` wrote, also with another number of processes; every process must call this."""
+        """Read what `save_state` wrote, even with a different number of processes; every process must call this."""
         if has_best:
             self.keep_best()
         state = training_state(self)
         if same_processes:
             state[f"random.{self.rank}"] = torch.get_rng_state()
-        load_distributed(state, checkpoint_id=folder, no_dist=self.world_size == 1)  # in place, but for the random state
+        load_distributed(state, checkpoint_id=folder, no_dist=self.world_size == 1)  # in place, except for the random state
         if same_processes:
             torch.set_rng_state(state[f"random.{self.rank}"])
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over processes."""
+        """The mean over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
             values /= self.world_size
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Whether the flag is set on any process."""
         if self.world_size == 1:
             return flag
         return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
     def from_first(self, value: T) -> T:
-        """The first process's value, on all; of whatever kind can be pickled."""
+        """The first process's value, broadcast to all; it can be anything that pickles."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -159,8 +159,8 @@ class SingleProcess:
 class Fsdp(SingleProcess):
     """FSDP2: each block's weights, gradients and moments are sharded over all processes.
 
-    What does not train (embeddings, norms outside the blocks, head) is replicated: it needs no gradient, and the loss reads
-    the head outside of any forward pass.
+    Parameters that do not train (embeddings, norms, head) are replicated: they need no gradients, and the loss uses the head
+    outside any forward pass.
     """
 
     def __init__(self, config: DistillConfig, device: torch.device, compute_dtype: torch.dtype) -> None:
@@ -168,13 +168,13 @@ class Fsdp(SingleProcess):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     def shard(self) -> None:
-        """Shard block by block, so that one block at a time is whole."""
+        """Shard block by block, so that blocks are gathered one at a time."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         reduced = self.compute_dtype if self.compute_dtype is not torch.float32 else None
-        # inputs are left to autocast, so that hidden states keep the format that they have in one process
+        # inputs are left to autocast, so that hidden states keep the dtype they have in a single process
         policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
         frozen = {parameter for parameter in self.student.parameters() if not parameter.requires_grad}
         for block in blocks_of(self.student, self.parameters):
@@ -185,13 +185,13 @@ class Fsdp(SingleProcess):
         self.parameters = {name: value for name, value in self.student.named_parameters() if name in names}
 
     def place(self, full: Tensor, parameter: Tensor) -> Tensor:
-        """The local shard, cut as the parameter's."""
+        """The local shard, split in the same way as the parameter."""
         assert isinstance(parameter, DTensor)
         shards = distribute_tensor(full.to(self.device), parameter.device_mesh, parameter.placements)
         return shards.to_local()
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Gather whole weights; every process must call this."""
+        """Gather the full weights; every process must call this."""
         whole = {}
         for name, parameter in self.parameters.items():
             assert isinstance(parameter, DTensor)
@@ -201,15 +201,15 @@ class Fsdp(SingleProcess):
 
 
 def training_state(backend: SingleProcess) -> dict[str, Tensor]:
-    """Trained weights and moments by name, made if the optimizer has not stepped yet, and the best weights.
+    """Trained weights and Adam's moments by name, and the best weights.
 
-    Tensors alone: everything else stands in the manifest.
+    Moments are created if the optimizer has not stepped yet. Only tensors are included: everything else is in the manifest.
     """
     state: dict[str, Tensor] = {f"best.{name}": value for name, value in backend.best.items()}
     for name, parameter in backend.parameters.items():
         moments = backend.optimizer.state[parameter]
         if not moments:
-            moments["step"] = torch.zeros((), device=parameter.device)  # where the fused step wants it
+            moments["step"] = torch.zeros((), device=parameter.device)  # on the device where fused AdamW needs it
             moments |= {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
         state[name] = parameter.detach()
         state |= {f"{name}.{kind}": moments[kind] for kind in ("step", "exp_avg", "exp_avg_sq")}
@@ -217,10 +217,10 @@ def training_state(backend: SingleProcess) -> dict[str, Tensor]:
 
 
 def blocks_of(student: nn.Module, trained: dict[str, nn.Parameter]) -> nn.ModuleList:
-    """The list of decoder blocks: the outermost `nn.ModuleList` that holds every weight that trains.
+    """The list of decoder blocks: the outermost `nn.ModuleList` that contains every trained weight.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such list.
     """
     for name, module in student.named_modules():
         if isinstance(module, nn.ModuleList) and all(weight.startswith(f"{name}.") for weight in trained):

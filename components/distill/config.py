@@ -16,14 +16,14 @@ BACKENDS = ("none", "fsdp", "deepspeed")
 LAUNCHERS = ("python", "torchrun", "accelerate")
 NOT_IN_PIPELINES = {
     "mix_data": "a second corpus would have to be resolved and tokenized like the first",
-    "mix_ratio": "goes with mix_data",
-    "no_mask": "a control for comparisons: its result is not sparse, and no later stage would take it",
-    "max_grad_norm": "an expert's knob",
+    "mix_ratio": "only used with mix_data",
+    "no_mask": "a control for comparisons: its result is not sparse, so no later stage would accept it",
+    "max_grad_norm": "expert setting",
     "global_batch": "follows from batch_size, grad_accum_steps and the number of processes",
-    "checkpoint_dir": "a pod's disk goes with the pod; on many nodes the launcher names a folder of the handover",
-    "checkpoint_steps": "goes with checkpoint_dir",
-    "keep_checkpoints": "goes with checkpoint_dir",
-    "tensorboard_dir": "a pod's disk goes with the pod; the report draws the curves",
+    "checkpoint_dir": "a pod's disk is lost with the pod; on many nodes the launcher sets a folder in the handover",
+    "checkpoint_steps": "only used with checkpoint_dir",
+    "keep_checkpoints": "only used with checkpoint_dir",
+    "tensorboard_dir": "a pod's disk is lost with the pod; the report plots the curves",
 }
 
 
@@ -34,46 +34,46 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
     epochs: int = 1
     """Passes over the training blocks."""
     max_steps: int = 0
-    """Stop after so many optimizer steps; 0 = no limit."""
-    batch_size: int = field(default=1, metadata=EXECUTION)  # of these three the product alone counts
-    """Training blocks of a forward pass."""
+    """Stop after this many optimizer steps; 0 = no limit."""
+    batch_size: int = field(default=1, metadata=EXECUTION)  # only batch_size * grad_accum_steps * processes affects the result
+    """Training blocks per forward pass."""
     grad_accum_steps: int = field(default=8, metadata=EXECUTION)
-    """Forward passes of an optimizer step."""
+    """Forward passes per optimizer step."""
     global_batch: int = field(default=0, metadata=EXECUTION)
-    """Training blocks of an optimizer step over all processes; grad_accum_steps follows from it, so that a run whose number
-    of processes changes stays the same run. 0 = batch_size * grad_accum_steps * processes."""
+    """Training blocks per optimizer step over all processes; if set, it determines grad_accum_steps, so that a run can resume
+    with a different number of processes. 0 = batch_size * grad_accum_steps * processes."""
     learning_rate: float = 2e-5
-    """Peak of the cosine schedule (AdamW)."""
+    """Peak learning rate of the cosine schedule (AdamW)."""
     warmup_ratio: float = 0.1
-    """Share of the steps in which the learning rate rises to its peak."""
+    """Fraction of the steps over which the learning rate rises to its peak."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm, after masking."""
+    """Norm to which gradients are clipped, after masking."""
     alpha_kd: float = 0.7
     """Weight of the distillation term in alpha_kd * KL + (1 - alpha_kd) * CE, in [0, 1]."""
     temperature: float = 1.0
-    """Both distributions of the KL are softened by it; the term is scaled by its square (Hinton et al., 2015)."""
+    """Softens both distributions in the KL term, which is scaled by its square (Hinton et al., 2015)."""
     kl_direction: str = "forward"
     """`forward`: KL(teacher || student); `reverse`: KL(student || teacher)."""
     mix_ratio: float = 0.5
-    """Share of the training blocks that come from mix_data."""
+    """Fraction of the training blocks that come from mix_data."""
     no_mask: bool = False
-    """Train all weights that the mask names, not only those it keeps: the dense control for an honest comparison."""
+    """Train all weights of the masked layers, not only those that the mask keeps: a dense control for fair comparisons."""
     backend: str = field(default="none", metadata=EXECUTION)
     """`none` (one process), `fsdp` or `deepspeed`."""
     launcher: str = field(default="python", metadata=START)
-    """What starts the processes: `python` (one), `torchrun` or `accelerate`. Not used where they are running already."""
+    """What starts the processes: `python` (a single one), `torchrun` or `accelerate`. Ignored if they are already running."""
     nproc_per_node: int = field(default=1, metadata=START)
-    """Processes to start on each machine, one for each GPU."""
+    """Processes to start on each machine, one per GPU."""
     master_port: int = field(default=29500, metadata=START)
-    """Port where the processes meet."""
+    """Port for the rendezvous of the processes."""
     deepspeed_config: str = field(default="", metadata=INPUT)
-    """DeepSpeed JSON file with ZeRO stage 0, 1 or 2; empty = the one that comes with the stage, ZeRO 2."""
+    """DeepSpeed JSON file with ZeRO stage 0, 1 or 2; empty = the bundled file, which uses ZeRO 2."""
     gradient_checkpointing: bool = field(default=False, metadata=EXECUTION)
-    """Keep fewer activations and compute them again in the backward pass."""
+    """Keep fewer activations and recompute them in the backward pass."""
     teacher_cache: str = "auto"
-    """Keep the teacher's hidden states on disk: `auto` (if there is more than one epoch), `always` or `never`."""
+    """Cache the teacher's hidden states on disk: `auto` (if there is more than one epoch), `always` or `never`."""
     checkpoint_steps: int = field(default=50, metadata=EXECUTION)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = field(default=2, metadata=EXECUTION)
@@ -81,11 +81,11 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
     keep_best: bool = False
     """Save the weights of the epoch with the lowest perplexity instead of the last ones."""
     patience: int = 0
-    """End after so many epochs without a lower perplexity; 0 = never."""
+    """Stop after this many epochs without a lower perplexity; 0 = never."""
     sparse_check_eps: float = 0.0
-    """In the first and the last check, a weight outside the mask may have this magnitude; 0 = exactly zero."""
+    """Largest magnitude of a pruned weight that the checks before and after training accept; 0 = exactly zero."""
     fail_on_sparse_violation: bool = True
-    """Fail if one of the checks does; otherwise stray weights are set to zero at the start and the result is recorded."""
+    """Fail if either check fails; otherwise stray weights are set to zero at the start and the last check is only recorded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,10 +129,10 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
             raise ValueError(f"deepspeed_config must have zero_optimization.stage 0, 1 or 2, got {stage}: use backend fsdp")
 
     def read_deepspeed_config(self) -> dict[str, Any]:
-        """The DeepSpeed settings: those of `deepspeed_config`, or those that come with the stage.
+        """The DeepSpeed settings from `deepspeed_config`, or from the bundled file if that is empty.
 
         Raises:
-            ValueError: the file is not JSON.
+            ValueError: the file does not contain a JSON object.
         """
         settings = read_json(self.deepspeed_config or Path(__file__).with_name("deepspeed_zero2.json"))
         if not isinstance(settings, dict):
@@ -145,21 +145,21 @@ class DistillConfig(DistillSettings):
     """Distil a dense teacher into its sparse student, training only the weights that the mask keeps."""
 
     teacher_model: str = field(metadata=INPUT)
-    """The dense model: folder, hub id with optional @revision, or builtin:smollm2-135m."""
+    """The dense model: a folder, a hub id with optional @revision, or builtin:smollm2-135m."""
     student_model: str = field(metadata=INPUT)
     """Folder with the sparse checkpoint."""
     mask_file: str = field(metadata=INPUT)
-    """The student's sparsity_mask.safetensors (or the older sparsity_mask.pt), or a folder that holds it."""
+    """The student's sparsity_mask.safetensors (or the older sparsity_mask.pt), or a folder that contains it."""
     output_dir: str = field(metadata=OUTPUT)
-    """Folder to create: the distilled checkpoint and distill_stats.json."""
+    """Folder to create for the distilled checkpoint and distill_stats.json."""
     train_data: str = field(default=WIKITEXT2, metadata=INPUT)
     """Corpus spec or tokens folder for training."""
     eval_data: str = field(default=WIKITEXT2, metadata=INPUT)
     """Corpus spec or tokens folder for perplexity."""
     mix_data: str = field(default="", metadata=INPUT)
-    """A second corpus mixed into the training blocks."""
+    """A second corpus to mix into the training blocks; empty = none."""
     checkpoint_dir: str = field(default="", metadata=OUTPUT)
-    """Folder for checkpoints; the same command goes on from the newest. Let nobody else write to it. Empty = none."""
+    """Folder for checkpoints; the same command resumes from the newest. It must not be writable by others. Empty = none."""
     tensorboard_dir: str = field(default="", metadata=OUTPUT)
     """Folder for TensorBoard files; empty = none."""
 
@@ -188,6 +188,6 @@ class DistillConfig(DistillSettings):
         check_new("output_dir", self.output_dir)
 
     def flags(self, leave_out: Collection[str] = ()) -> list[str]:
-        """The settings as flags of this stage's command line; a setting that is empty is left out too."""
+        """The settings as command-line flags of this stage; empty settings are omitted too."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(DistillConfig) if entry.name not in leave_out}
         return [f"--{name}={value}" for name, value in values.items() if value != ""]

@@ -15,9 +15,9 @@ STARTED = "DISTILL_STARTED"
 
 
 def started_already() -> bool:
-    """Whether a launcher has started this process: torchrun sets its rank, `start` leaves a mark.
+    """Whether a launcher has started this process: torchrun sets its rank, `start` sets a marker.
 
-    accelerate sets no rank for a single process; without the mark such a child would start children for ever.
+    accelerate sets no rank for a single process; without the marker such a child would endlessly start new children.
     """
     return "RANK" in os.environ or STARTED in os.environ
 
@@ -28,7 +28,7 @@ def process_count() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process speaks for all."""
+    """Whether this process is the one that logs and writes for all."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -46,25 +46,25 @@ def command(config: DistillConfig, cuda: bool) -> list[str]:
     """
     processes, port = str(config.nproc_per_node), str(config.master_port)
     if config.launcher == "torchrun":
-        # the endpoint of the rendezvous is this machine alone; a cluster's operator starts torchrun itself
+        # the rendezvous is always on this machine; in a cluster, each node starts torchrun itself
         start = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", processes]
         start += ["--master_addr", "127.0.0.1", "--master_port", port]
     else:
         start = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", processes]
         start += ["--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no"]
         if config.nproc_per_node > 1:
-            start += ["--multi_gpu"]  # through torchrun; without GPUs too, where accelerate alone would want MPI
+            start += ["--multi_gpu"]  # uses torchrun; without GPUs too, where accelerate would otherwise need MPI
         elif not cuda:
             start += ["--cpu"]
     return [sys.executable, *start, "-m", "components.distill", *config.flags()]
 
 
 def start(config: DistillConfig) -> None:
-    """Run the processes to their end; SIGTERM goes on to them.
+    """Run the processes until they exit, forwarding SIGTERM to them.
 
     Raises:
         ValueError: there are fewer GPUs than processes.
-        SystemExit: they ended with another code than 0, which is the exit code.
+        SystemExit: they exited with a nonzero code, which becomes the exit code.
     """
     gpus = torch.cuda.device_count()
     if gpus and config.nproc_per_node > gpus:
@@ -73,7 +73,7 @@ def start(config: DistillConfig) -> None:
 
 
 def join(config: DistillConfig) -> torch.device:
-    """Join the other processes; returns this one's device."""
+    """Join the process group; returns this process's device."""
     device = pick_device()
     if config.backend == "none":
         if process_count() > 1:
@@ -85,12 +85,12 @@ def join(config: DistillConfig) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # others wait while the first process saves; the usual ten minutes are short for a large model on a slow disk
+    # others wait while the first process saves; the default 10 minutes are too short for a large model on a slow disk
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     return device
 
 
 def leave() -> None:
-    """Leave the other processes."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The training loop: epochs of optimizer steps, evaluation, checkpoints. One loop for every backend."""
+"""The training loop, shared by all backends: epochs of optimizer steps, evaluation and checkpoints."""
 
 import signal
 import time
@@ -17,14 +17,14 @@ from components.distill.config import DistillConfig
 from components.distill.loss import distillation_loss, next_token_labels
 from components.distill.teacher import Teacher
 
-PREEMPTED = 143  # 128 + SIGTERM: what a shell reports for a process that was asked to end
+PREEMPTED = 143  # 128 + SIGTERM: what a shell reports for a process ended by that signal
 
 
 @dataclass
 class Progress:
-    """How far a run is and what it has to tell; kept in checkpoints.
+    """How far a run has got and what it has measured; saved in checkpoints.
 
-    `steps` has an entry a step (loss, kd_loss, ce_loss, learning_rate, grad_norm), `epochs` one an evaluation.
+    `steps` has one entry per step (loss, kd_loss, ce_loss, learning_rate, grad_norm), `epochs` one per evaluation.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -34,12 +34,12 @@ class Progress:
     stopped_early: bool = False
 
     def line(self) -> str:
-        """The last step in words."""
+        """A summary of the last step."""
         last = self.steps[-1]
         return f"loss {last['loss']:.4f}, learning rate {last['learning_rate']:.2e}, {self.tokens_per_second():.0f} tokens/s"
 
     def tokens_per_second(self) -> float:
-        """Training speed of all processes, evaluations left out."""
+        """Training speed over all processes, excluding evaluations."""
         return self.tokens / max(self.seconds, 1e-9)
 
     def best(self) -> dict[str, float]:
@@ -48,15 +48,15 @@ class Progress:
 
 
 class Trainer:
-    """One run.
+    """One training run.
 
     Args:
-        backend: where it runs; already prepared.
-        teacher: gives hidden states of training blocks.
+        backend: the backend to train on, already prepared.
+        teacher: provides the hidden states of training blocks.
         blocks: training tokens [blocks, seq_len].
         evaluation: evaluation tokens [blocks, seq_len], or None.
         config: the stage's settings.
-        inputs: fingerprints of what the run reads, by name.
+        inputs: fingerprints of the run's inputs, by name.
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class Trainer:
         inputs: dict[str, str],
     ) -> None:
         self.backend, self.teacher, self.blocks, self.evaluation, self.config = backend, teacher, blocks, evaluation, config
-        self.steps_an_epoch, self.total_steps = plan(len(blocks), config, backend.world_size)
+        self.steps_per_epoch, self.total_steps = plan(len(blocks), config, backend.world_size)
         global_batch = config.batch_size * config.grad_accum_steps * backend.world_size
         self.identity = resume.identity(config, inputs, global_batch)
         self.progress = Progress()
         self.asked_to_end = False
 
     def fit(self) -> Progress:
-        """Run all epochs, from the newest checkpoint if there is one. Prints `[PPL] epoch=… eval_ppl=…`.
+        """Train for all epochs, resuming from the newest checkpoint if there is one. Prints `[PPL] epoch=… eval_ppl=…`.
 
         Raises:
-            SystemExit: SIGTERM came; a checkpoint was written.
+            SystemExit: SIGTERM was received; a checkpoint has been written.
         """
         if self.config.checkpoint_dir:
             manifest = resume.load(self.backend, self.config, self.identity)
@@ -95,7 +95,7 @@ class Trainer:
             if self.config.checkpoint_dir and (ending or step % self.config.checkpoint_steps == 0):
                 resume.save(self.backend, self.config, step, self.identity, asdict(self.progress))
             if ending:
-                log(f"asked to end: stopped after step {step}, the same command goes on from there")
+                log(f"stopped after step {step} on request; the same command resumes from there")
                 raise SystemExit(PREEMPTED)
         if self.config.keep_best and self.progress.epochs:
             self.backend.restore_best()
@@ -115,16 +115,16 @@ class Trainer:
             self.progress.steps.append({"step": done + 1, "seconds": round(seconds, 4)} | entry)
             self.progress.tokens += sum(part.numel() for part in rows) * self.blocks.shape[1] * self.backend.world_size
             self.progress.seconds += seconds
-            if (done + 1) % self.steps_an_epoch == 0 or done + 1 == self.total_steps:
-                self._end_epoch(done // self.steps_an_epoch + 1)
+            if (done + 1) % self.steps_per_epoch == 0 or done + 1 == self.total_steps:
+                self._end_epoch(done // self.steps_per_epoch + 1)
             yield done + 1
 
     def _rows(self, step: int) -> list[Tensor]:
-        """Which blocks this process reads in a step: one tensor of indices [batch_size] a micro-batch.
+        """Indices of the blocks that this process trains on in a step: one tensor [batch_size] per micro-batch.
 
-        The order is set by seed and epoch; the processes share each step's blocks without overlap.
+        The order depends only on seed and epoch; each step's blocks are divided among the processes without overlap.
         """
-        epoch, position = divmod(step, self.steps_an_epoch)
+        epoch, position = divmod(step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.config.seed * 100_003 + epoch)
         order = torch.randperm(len(self.blocks), generator=generator)
         size = self.config.batch_size
@@ -133,11 +133,11 @@ class Trainer:
         return list(order[start : start + here].split(size))
 
     def step(self, rows: list[Tensor]) -> dict[str, float]:
-        """One optimizer step over micro-batches of block indices [batch_size].
+        """Take one optimizer step over micro-batches of block indices [batch_size].
 
         Returns:
             loss, kd_loss, ce_loss (means over micro-batches and processes), learning_rate, grad_norm (before clipping,
-            where the backend tells).
+            omitted if unknown).
 
         Raises:
             ValueError: the loss is not finite.
@@ -157,7 +157,7 @@ class Trainer:
         return entry if norm is None else entry | {"grad_norm": norm}
 
     def losses(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, kd_loss, ce_loss) on training blocks, by index [batch]."""
+        """(loss, kd_loss, ce_loss) for training blocks, given by index [batch]."""
         ids = self.blocks[rows].to(self.backend.device)
         target = self.teacher.hidden(rows).flatten(0, 1)
         with self.backend.autocast():
@@ -174,12 +174,12 @@ class Trainer:
             )
 
     def evaluate(self) -> float:
-        """The student's perplexity on the evaluation blocks, which the processes share; every process must call this."""
+        """The student's perplexity on the evaluation blocks, divided among the processes; every process must call this."""
         assert self.evaluation is not None
         count, length = self.evaluation.shape
         share = -(-count // self.backend.world_size)
         rows = torch.arange(share) + self.backend.rank * share
-        with self.backend.autocast():  # all processes run as many blocks, a sharded model needs them all; repeats do not count
+        with self.backend.autocast():  # sharding requires equally many blocks on all processes; repeats are not counted
             losses = block_losses(self.backend.decoder, self.backend.head, self.evaluation[rows.clamp(max=count - 1)])
         total = self.backend.mean(losses[rows.to(losses.device) < count].sum()) * self.backend.world_size
         return from_mean_loss(float(total) / (count * (length - 1)))
@@ -201,10 +201,10 @@ class Trainer:
 
 
 def plan(blocks: int, config: DistillConfig, world_size: int) -> tuple[int, int]:
-    """(optimizer steps an epoch, optimizer steps in all).
+    """(optimizer steps per epoch, optimizer steps in total).
 
     Raises:
-        ValueError: too few blocks for one step.
+        ValueError: there are too few blocks for one step.
     """
     a_step = config.batch_size * config.grad_accum_steps * world_size
     steps = blocks // a_step

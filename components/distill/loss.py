@@ -1,19 +1,18 @@
-"""The distillation loss, exact and in little memory.
+"""The distillation loss, computed exactly and with little memory.
 
     L = α · T² · KL(p_teacher ‖ p_student) + (1 − α) · CE(p_student, next token),   p = softmax(logits / T) in the KL
 
-(forward KL; the reverse, KL(p_student ‖ p_teacher), seeks the teacher's modes: Gu et al., "MiniLLM", 2023)
+averaged over the positions with a label (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015). This is the
+forward KL; the reverse, KL(p_student ‖ p_teacher), seeks the teacher's modes (Gu et al., "MiniLLM", 2023).
 
-averaged over the positions with a label (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015).
-
-A vocabulary is about a hundred times wider than the hidden states, so logits of teacher and student are made for a chunk
-of tokens at a time, from the hidden states, and dropped again. The gradient with respect to the student's hidden states
-is computed in the same pass, in closed form:
+A vocabulary is about a hundred times wider than the hidden states, so the logits of teacher and student are computed from the
+hidden states for one chunk of tokens at a time and then discarded. The gradient with respect to the student's hidden states is
+computed in the same pass, in closed form:
 
     ∂L/∂logits = α · T · (softmax(s/T) − softmax(t/T)) + (1 − α) · (softmax(s) − onehot(label)),   ∂L/∂h = ∂L/∂logits · W
 
-and for the reverse KL  α · T · p_s ⊙ (log p_s − log p_t − KL)  in place of the first term. The heads are never trained
-(they are outside the mask), so no gradient flows into them. Softmaxes are float32.
+For the reverse KL, the first term is  α · T · p_s ⊙ (log p_s − log p_t − KL)  instead. The heads are never trained (they are
+outside the mask), so no gradient flows into them. Softmaxes are computed in float32.
 """
 
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 IGNORED = -100  # label of a position that does not count, as in torch's cross entropy
-TOKENS_A_CHUNK = 256
+TOKENS_PER_CHUNK = 256
 
 
 def next_token_labels(ids: Tensor) -> Tensor:
@@ -41,10 +40,10 @@ def distillation_loss(
     temperature: float,
     kl_direction: str = "forward",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss over all positions with a label.
+    """The mean loss over all positions with a label.
 
     Args:
-        student_hidden: final hidden states [tokens, width]; the gradient goes here.
+        student_hidden: final hidden states [tokens, width]; only they receive a gradient.
         student_head: width → vocabulary.
         teacher_hidden: [tokens, teacher's width].
         teacher_head: teacher's width → the same vocabulary.
@@ -54,7 +53,7 @@ def distillation_loss(
         kl_direction: `forward` or `reverse`.
 
     Returns:
-        (loss, T²·KL, CE), scalars; only the first carries a gradient. All are 0, the graph intact, if no position counts.
+        (loss, T²·KL, CE), scalars; only the first carries a gradient. All are 0, with the graph intact, if no position counts.
     """
     loss, kd, ce = _ChunkedLoss.apply(
         student_hidden, teacher_hidden.detach(), labels, student_head, teacher_head, alpha_kd, temperature, kl_direction
@@ -79,7 +78,7 @@ class _ChunkedLoss(torch.autograd.Function):
         kd = torch.zeros((), device=student_hidden.device)
         ce = torch.zeros_like(kd)
         counted = (labels != IGNORED).nonzero().squeeze(1)  # [n]
-        for rows in counted.split(TOKENS_A_CHUNK):
+        for rows in counted.split(TOKENS_PER_CHUNK):
             logits = student_head(student_hidden[rows])  # [chunk, vocabulary]
             compute_dtype = logits.dtype
             wanted = labels[rows, None]

@@ -1,7 +1,7 @@
-"""Training under a mask: which parameters train, and how zeros stay exactly zero.
+"""Training under a mask: which parameters train, and how pruned weights stay exactly zero.
 
-With gradients masked from the first step, Adam's moments of a pruned weight stay 0, and decoupled weight decay of 0 is 0;
-re-masking after the step is then an assertion, kept all the same.
+With gradients masked from the first step, Adam's moments of a pruned weight stay 0, and decoupled weight decay leaves 0
+unchanged. Masking the weights after each step is therefore redundant and serves only as a safeguard.
 """
 
 from collections.abc import Mapping
@@ -14,20 +14,20 @@ from components.core.mask.mask import Mask
 
 
 def train_only_masked(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
-    """Freeze all but the masked tensors; returns name → parameter of those that train."""
+    """Freeze all parameters except the masked ones; returns name → parameter of those that train."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in mask.tensors)
     return {name: parameter for name, parameter in model.named_parameters() if name in mask.tensors}
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor; the tensor itself where nothing is sharded."""
+    """This process's part of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def mask_gradients(parameters: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
-    """Set gradients of pruned weights to zero, in place; of sharded parameters the local part.
+    """Set the gradients of pruned weights to zero, in place; for sharded parameters, in the local part.
 
     Args:
         parameters: name → parameter.

@@ -1,9 +1,9 @@
-"""Checkpoints of a training run, to go on after a kill: `torch.distributed.checkpoint` plus a manifest.
+"""Checkpoints from which a killed training run resumes: `torch.distributed.checkpoint` plus a manifest.
 
-A checkpoint is a folder `step-00000040` that holds the trained weights, Adam's moments and each process's random state, and
-`manifest.json`, written last: a folder without one is incomplete and never read, whatever its date. Weights and moments
-are stored with their global shapes, so another number of FSDP processes can go on from them. The library's own index is a
-pickle: go on only from folders that nobody else can write to.
+A checkpoint is a folder `step-00000040` with the trained weights, Adam's moments, each process's random state, and
+`manifest.json`. The manifest is written last: a folder without one is incomplete and never read, whatever its date. Weights
+and moments are stored with their global shapes, so a different number of FSDP processes can resume from them. The library's
+own index is a pickle: resume only from folders that nobody else can write to.
 """
 
 import shutil
@@ -20,18 +20,18 @@ from components.distill.config import DistillConfig
 from components.distill.schedule import restore_schedule
 
 MANIFEST = "manifest.json"
-# a run may go on with other values of these; what the inputs hold is compared by fingerprint
+# a run may resume with other values of these; the contents of inputs are compared by fingerprint
 FREE_SETTINGS = names_of(DistillConfig, INPUT, OUTPUT, START, EXECUTION)
 
 
 def identity(config: DistillConfig, inputs: Mapping[str, str], global_batch: int) -> dict[str, Any]:
-    """What must be the same for a run to go on: settings, fingerprints of what it reads, and the blocks of a step."""
+    """What must not change for a run to resume: settings, fingerprints of its inputs, and the blocks per step."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
     return {**inputs, "global_batch": global_batch, "settings": settings}
 
 
 def newest(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step."""
+    """The complete checkpoint with the highest step, or None."""
     complete = sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
     return complete[-1] if complete else None
 
@@ -39,10 +39,10 @@ def newest(folder: Path) -> Path | None:
 def save(
     backend: SingleProcess, config: DistillConfig, step: int, identity: Mapping[str, Any], progress: dict[str, Any]
 ) -> None:
-    """Write a checkpoint and forget the oldest; every process must call this."""
+    """Write a checkpoint and delete old ones; every process must call this."""
     folder = Path(config.checkpoint_dir) / f"step-{step:08d}"
     if backend.rank == 0 and folder.exists():
-        shutil.rmtree(folder)  # left incomplete by a kill
+        shutil.rmtree(folder)  # left incomplete by a killed run
     backend.barrier()
     backend.save_state(folder)
     if backend.rank == 0:
@@ -65,13 +65,14 @@ def save(
 
 
 def load(backend: SingleProcess, config: DistillConfig, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Go on from the newest complete checkpoint; every process must call this.
+    """Resume from the newest complete checkpoint; every process must call this.
 
     Returns:
-        its manifest, or None where there is no checkpoint.
+        its manifest, or None if there is no checkpoint.
 
     Raises:
-        ValueError: the checkpoint belongs to another run; names the first setting that differs.
+        ValueError: the checkpoint belongs to another run (the first difference is named) or another backend, or is not on all
+            machines.
     """
     folder = backend.from_first(newest(Path(config.checkpoint_dir)))
     if folder is None:
@@ -91,7 +92,7 @@ def load(backend: SingleProcess, config: DistillConfig, identity: Mapping[str, A
     restore_schedule(backend.optimizer, backend.schedule, manifest["step"])
     backend.scaler.load_state_dict(manifest["scaler"])
     if backend.rank == 0:
-        log(f"going on from {folder}")
+        log(f"resuming from {folder}")
     return manifest
 
 

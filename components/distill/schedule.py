@@ -1,4 +1,4 @@
-"""The learning rate over the steps of a run, and Adam's constants."""
+"""The learning rate schedule of a run, and Adam's betas."""
 
 import math
 
@@ -9,9 +9,9 @@ BETAS = (0.9, 0.95)  # the usual pair for language models: a shorter memory than
 
 
 def cosine_with_warmup(step: int, warmup: int, total: int) -> float:
-    """Share of the peak learning rate at `step` (from 0): a linear rise over `warmup` steps, then half a cosine to 0.
+    """Fraction of the peak learning rate at `step` (from 0): a linear rise over `warmup` steps, then half a cosine to 0.
 
-    Unlike the usual schedule of transformers no step has rate 0, which would be lost in a short run.
+    Unlike the usual schedule in transformers, no step has rate 0, since a short run cannot afford to waste a step.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -19,13 +19,13 @@ def cosine_with_warmup(step: int, warmup: int, total: int) -> float:
 
 
 def make_schedule(optimizer: Optimizer, warmup_ratio: float, total_steps: int) -> LambdaLR:
-    """The schedule of a run of `total_steps`."""
+    """The schedule of a run with `total_steps` steps."""
     warmup = round(warmup_ratio * total_steps)
     return LambdaLR(optimizer, lambda step: cosine_with_warmup(step, warmup, total_steps))
 
 
 def restore_schedule(optimizer: Optimizer, schedule: LambdaLR, steps: int) -> None:
-    """Put a fresh schedule where it was after `steps` steps."""
+    """Advance a fresh schedule to where it was after `steps` steps."""
     schedule.last_epoch = steps
     rates = [rate * share(steps) for rate, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

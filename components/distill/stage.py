@@ -1,4 +1,4 @@
-"""Load teacher, student and mask; train; check that zeros stayed zero; save."""
+"""Load teacher, student and mask; train; check that pruned weights stayed zero; save."""
 
 import hashlib
 from dataclasses import asdict, replace
@@ -32,10 +32,10 @@ BACKENDS = {"none": SingleProcess, "fsdp": Fsdp, "deepspeed": DeepSpeed}
 
 
 def run(config: DistillConfig) -> StageRecord:
-    """Distil, in as many processes as the settings say, and write the student with its record.
+    """Distil in as many processes as the settings specify, and write the student with its record.
 
     Raises:
-        ValueError: a setting does not fit the models, the mask or the text; before any heavy work.
+        ValueError: a setting does not fit the models, the mask or the text; raised before any expensive work.
         SparsityError: a weight outside the mask is not zero, and `fail_on_sparse_violation` is set.
     """
     config.check_environment()
@@ -80,7 +80,7 @@ def train(config: DistillConfig, device: torch.device) -> StageRecord:
         "student": sample_fingerprint(weight_files(Path(config.student_model))),
     }
     cached = config.teacher_cache == "always" or (config.teacher_cache == "auto" and config.epochs > 1)
-    # named after what it holds: one that a kill left behind is used again by the same run, and by no other
+    # named after its contents: a cache left behind by a killed run is reused only when that run is repeated
     key = hashlib.sha256(f"{inputs['teacher']} {inputs['training text']} {dtype}".encode()).hexdigest()[:12]
     cache = Path(f"{config.output_dir}.teacher-{key}") if cached else None
     teacher = Teacher(load_model(teacher_folder, dtype, device, config.trust_remote_code), blocks, cache)
@@ -112,10 +112,10 @@ def train(config: DistillConfig, device: torch.device) -> StageRecord:
 
 
 def share_global_batch(config: DistillConfig, processes: int) -> DistillConfig:
-    """Settings whose `grad_accum_steps` makes `global_batch` blocks of a step, if that is set.
+    """Settings with `grad_accum_steps` chosen so that a step has `global_batch` blocks, if that is set.
 
     Raises:
-        ValueError: the blocks cannot be shared evenly.
+        ValueError: the blocks cannot be divided evenly among the processes.
     """
     if not config.global_batch:
         return config
@@ -134,20 +134,20 @@ def text_of(blocks: Tensor) -> str:
 
 
 def training_blocks(config: DistillConfig, tokenizer: Any) -> Tensor:
-    """Training tokens [blocks, seq_len], those of a second corpus mixed in at `mix_ratio`."""
+    """Training tokens [blocks, seq_len], with those of a second corpus mixed in at `mix_ratio`."""
     blocks = load_blocks("train_data", config.train_data, "train", tokenizer, config.seq_len).ids
     if not config.mix_data:
         return blocks
     mixed = load_blocks("mix_data", config.mix_data, "train", tokenizer, config.seq_len).ids
     wanted = round(len(blocks) * config.mix_ratio / (1 - config.mix_ratio))
-    if wanted > len(mixed):  # the smaller corpus sets the size, none is repeated
+    if wanted > len(mixed):  # the smaller corpus limits the size; no block is repeated
         wanted = len(mixed)
         blocks = blocks[: round(wanted * (1 - config.mix_ratio) / config.mix_ratio)]
     return torch.cat([blocks, mixed[:wanted]])
 
 
 def describe(result: StageRecord, progress: Progress, config: DistillConfig, mask: Mask, watch: Stopwatch) -> None:
-    """Put what a run measured into its record."""
+    """Add a run's measurements to its record."""
     if progress.epochs:
         result.measured["perplexity"] = (progress.best() if config.keep_best else progress.epochs[-1])["eval_ppl"]
     result.measured |= {
@@ -195,7 +195,7 @@ def write_tensorboard(folder: str, progress: Progress) -> None:
 
 
 def check_models(config: DistillConfig, mask: Mask, teacher_folder: str) -> None:
-    """Check models, mask, lengths and disk before weights are read. Raises ValueError."""
+    """Check the models, mask, sequence lengths and free disk space before weights are read. Raises ValueError."""
     student = check_checkpoint("student_model", config.student_model, config.trust_remote_code)
     teacher = check_checkpoint("teacher_model", teacher_folder, config.trust_remote_code)
     check_dense("student_model", config.student_model, student)

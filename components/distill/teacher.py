@@ -1,7 +1,7 @@
-"""The teacher's final hidden states, computed each time or once and kept on disk.
+"""The teacher's final hidden states, either computed each time or computed once and cached on disk.
 
-Hidden states are small and exact where logits are large: 2 bytes times the width a token, against 4 bytes times the
-vocabulary. With the cache they are rounded to bfloat16 in every epoch alike, so a run does not depend on what was cached.
+Hidden states give the exact logits but are much smaller: 2 bytes times the width per token, against 4 bytes times the
+vocabulary. With the cache they are rounded to bfloat16 in every epoch, so a run does not depend on what was already cached.
 """
 
 import shutil
@@ -15,10 +15,10 @@ from components.core.perplexity import decoder_and_head
 
 
 class Teacher:
-    """The dense model, asked for hidden states of training blocks.
+    """The dense model, which provides the hidden states of training blocks.
 
     Args:
-        model: causal language model, in its compute format.
+        model: causal language model, in its compute dtype.
         cache: folder for the cache, on a local disk, shared by the processes of this machine; None = no cache.
         blocks: training tokens [blocks, seq_len].
     """
@@ -51,6 +51,6 @@ class Teacher:
         return hidden
 
     def forget(self) -> None:
-        """Remove the cache from the disk."""
+        """Delete the cache from disk."""
         if self.cache:
             shutil.rmtree(self.cache, ignore_errors=True)

@@ -16,21 +16,21 @@ ENGINE = "engine"  # DeepSpeed's name for its part of a checkpoint
 
 
 class DeepSpeed(SingleProcess):
-    """DeepSpeed ZeRO 0, 1 or 2 from a JSON file: optimizer state, then gradients too, are partitioned."""
+    """DeepSpeed with ZeRO 0, 1 (partitions the optimizer state) or 2 (the gradients too), set by a JSON file."""
 
     checkpoint_form = "deepspeed"
 
     def __init__(self, config: DistillConfig, device: torch.device, compute_dtype: torch.dtype) -> None:
         super().__init__(config, device, compute_dtype)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # the engine scales
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # the engine scales the loss itself
 
     def autocast(self) -> torch.autocast:
-        """None: the engine casts the weights themselves."""
+        """Disabled: the engine casts the weights themselves."""
         return torch.autocast(self.device.type, enabled=False)
 
     def engage(self, student: Any) -> None:
-        """Give the decoder and the optimizer to the engine."""
+        """Pass the decoder and the optimizer to the engine."""
         if self.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
@@ -39,7 +39,7 @@ class DeepSpeed(SingleProcess):
         if self.compute_dtype is not torch.float32:
             self.head.to(self.compute_dtype)  # as the engine does with the decoder
         for name, parameter in self.parameters.items():
-            # gradients are reduced and partitioned as they arrive, so they are masked as they arrive
+            # gradients are reduced and partitioned as they arrive, so they must be masked as they arrive
             parameter.register_hook(lambda gradient, name=name: gradient.masked_fill(self.pruned[name], 0))
         engine, *_ = deepspeed.initialize(
             model=self.decoder,
@@ -51,9 +51,9 @@ class DeepSpeed(SingleProcess):
         self.engine = self.decoder = engine
 
     def backward(self, loss: Tensor, micro_batches: int) -> None:
-        """The engine divides by the number of micro-batches itself."""
+        """Accumulate a gradient; the engine itself divides by the number of micro-batches."""
         self.engine.backward(loss)
-        self.engine.step()  # counts micro-batches; steps at the last
+        self.engine.step()  # counts micro-batches and takes the step at the last one
 
     def step(self) -> float | None:
         """Mask master weights and their low-precision copies; the step itself was taken with the last micro-batch."""
@@ -65,26 +65,26 @@ class DeepSpeed(SingleProcess):
                     part = self.pruned[name].flatten()[place.start : place.start + place.numel]
                     mapping.hp_fragment.masked_fill_(part.to(mapping.hp_fragment.device), 0)
         mask_weights(self.parameters, self.pruned)
-        return finite(self.engine.get_global_grad_norm() or None)  # ZeRO 0 does not tell
+        return finite(self.engine.get_global_grad_norm() or None)  # ZeRO 0 does not report it
 
     def save_state(self, folder: Path) -> None:
-        """The engine's own form: its moments are flat partitions, which belong to this number of processes."""
+        """Write the engine's own format: its moments are flat partitions that fit only this number of processes."""
         self.engine.save_checkpoint(str(folder), tag=ENGINE)
 
     def load_state(self, folder: Path, same_processes: bool, has_best: bool) -> None:
         """Read what `save_state` wrote.
 
         Raises:
-            ValueError: it was written by another number of processes.
+            ValueError: it was written by a different number of processes.
         """
         if not same_processes:
             raise ValueError(f"nproc_per_node must be as before to go on with backend deepspeed, got {self.world_size}")
-        assert not has_best  # the settings refuse it
+        assert not has_best  # rejected by the settings
         self.engine.load_checkpoint(str(folder), tag=ENGINE)
 
 
 def deepspeed_settings(config: DistillConfig, compute_dtype: torch.dtype, world_size: int) -> dict[str, Any]:
-    """The engine's settings: the JSON file, with what the loop decides filled in."""
+    """The engine's settings: those of the JSON file, overridden by those that the loop determines."""
     given = config.read_deepspeed_config()
     return given | {
         "train_micro_batch_size_per_gpu": config.batch_size,

@@ -1,1 +1,1 @@
-"""Distillation on many nodes: a launcher creates a Kubeflow job, watches it and brings its result."""
+"""Distillation on many nodes: a launcher creates a Kubeflow job, watches it and fetches its result."""

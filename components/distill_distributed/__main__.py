@@ -1,4 +1,4 @@
-"""Distillation on many nodes from a shell: `python -m components.distill_distributed --handover gs://… --nodes 2 …`."""
+"""Distil on many nodes from a shell: `python -m components.distill_distributed --handover gs://… --nodes 2 …`."""
 
 from components.core.cli import main
 from components.distill_distributed.config import DistillDistributedConfig

@@ -1,7 +1,7 @@
-"""What the launcher asks of Kubernetes: its own pod, the job, the job's pods, their logs and events.
+"""The launcher's requests to Kubernetes: its own pod, the job, the job's pods, their logs and events.
 
-Everything is polled: a connection that drops is a request that is sent again, and there is no watch to lose events with.
-Answers are plain dictionaries in Kubernetes' own form.
+Everything is polled: if a connection drops, the request is simply sent again, and there is no watch that could miss events.
+Responses are plain dictionaries in Kubernetes' own format.
 """
 
 import json
@@ -18,11 +18,11 @@ from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 from urllib3.util import Retry
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-TIMEOUT = (5, 60)  # seconds to connect, and between two bytes of an answer
-BACKOFF_SECONDS = 0.5  # doubled with each of the tries: with 9 of them an API server may be away for four minutes
+TIMEOUT = (5, 60)  # seconds to connect, and between two bytes of a response
+BACKOFF_SECONDS = 0.5  # doubled after each try: 9 tries cover an API server outage of four minutes
 TRIES = 9
-GONE_PATIENCE = 300.0  # seconds in which a deleted job must be gone
-TIMED_LINE = re.compile(r"\d{4}-\d\d-\d\dT\S+ ")  # all else in a log is what the kubelet says in its place
+GONE_PATIENCE = 300.0  # seconds within which a deleted job must be gone
+TIMED_LINE = re.compile(r"\d{4}-\d\d-\d\dT\S+ ")  # any other line in a log is a message from the kubelet
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class ApiError(ValueError):
     def __init__(self, request: str, error: ApiException) -> None:
         try:
             reason = json.loads(error.body)["message"]
-        except (ValueError, TypeError, KeyError):  # from a proxy in between, say
+        except (ValueError, TypeError, KeyError):  # for example, from a proxy in between
             reason = error.reason
         super().__init__(f"Kubernetes refused {request}: {error.status}, {reason}")
         self.status = error.status
 
 
 class Client(client.ApiClient):
-    """The client, whose errors are ours: each fits one line, and is a ValueError or OSError as everywhere else."""
+    """The client, with one-line errors that are a ValueError or an OSError, as everywhere in this project."""
 
     def request(self, method: str, url: str, *args: Any, **options: Any) -> Any:
-        """Send a request. Raises ApiError if it is refused, OSError if there is no answer after all retries."""
+        """Send a request. Raises ApiError if it is refused, OSError if there is no response after all retries."""
         try:
             return super().request(method, url, *args, **options)
         except ApiException as error:
@@ -67,10 +67,10 @@ class Client(client.ApiClient):
 
 
 class Cluster:
-    """A namespace of a cluster.
+    """One namespace of a cluster.
 
     Args:
-        api: how to reach the API server.
+        api: client for the API server.
         namespace: the namespace.
     """
 
@@ -80,7 +80,7 @@ class Cluster:
 
     @classmethod
     def connect(cls) -> "Cluster":
-        """The cluster that this pod runs in, else that of the current kubeconfig context.
+        """Connect to the cluster that this pod runs in, or else that of the current kubeconfig context.
 
         Raises:
             ValueError: there is neither.
@@ -99,20 +99,20 @@ class Cluster:
             total=TRIES,
             backoff_factor=BACKOFF_SECONDS,
             status_forcelist=(429, 500, 502, 503, 504),
-            allowed_methods=None,  # a job is created by name: a second try gets 409 and adopts it
+            allowed_methods=None,  # POST too: jobs are created by name, so a repeated request gets 409 and the job is adopted
             raise_on_status=False,
         )
         return cls(Client(settings), namespace)
 
     def own_pod(self) -> dict[str, Any] | None:
-        """The pod that this process runs in; None outside of a cluster."""
+        """The pod that this process runs in; None outside a cluster."""
         if not NAMESPACE_FILE.exists():
             return None
         name = os.environ.get("KFP_POD_NAME") or os.environ["HOSTNAME"]
         return self._plain(self.core.read_namespaced_pod(name, self.namespace, _request_timeout=TIMEOUT))
 
     def create_job(self, kind: str, manifest: dict[str, Any]) -> dict[str, Any] | None:
-        """Create a job; None if one of this name exists."""
+        """Create a job; returns None if one with this name already exists."""
         try:
             return self._plain(
                 self.custom.create_namespaced_custom_object(*self._path(kind), manifest, _request_timeout=TIMEOUT)
@@ -123,7 +123,7 @@ class Cluster:
             raise
 
     def read_job(self, kind: str, name: str) -> dict[str, Any] | None:
-        """A job; None if there is none of this name."""
+        """A job, or None if there is no job with this name."""
         try:
             return self._plain(self.custom.get_namespaced_custom_object(*self._path(kind), name, _request_timeout=TIMEOUT))
         except ApiError as error:
@@ -131,13 +131,13 @@ class Cluster:
                 return None
             raise
 
-    def own_job(self, kind: str, name: str, owner: dict[str, Any]) -> None:
-        """Make a job the child of another owner."""
+    def set_owner(self, kind: str, name: str, owner: dict[str, Any]) -> None:
+        """Give a job a new owner."""
         change = {"metadata": {"ownerReferences": [owner]}}
         self.custom.patch_namespaced_custom_object(*self._path(kind), name, change, _request_timeout=TIMEOUT)
 
     def delete_job(self, kind: str, name: str) -> None:
-        """Delete a job and its pods, if it is there."""
+        """Delete a job and its pods, if it exists."""
         try:
             self.custom.delete_namespaced_custom_object(*self._path(kind), name, _request_timeout=TIMEOUT)
         except ApiError as error:
@@ -145,10 +145,10 @@ class Cluster:
                 raise
 
     def wait_until_gone(self, kind: str, name: str) -> None:
-        """Wait until a deleted job is gone, finalizers and all, and its pods write nothing any more.
+        """Wait until a deleted job, with its finalizers, and its pods are gone, so that nothing is written any more.
 
         Raises:
-            ValueError: it does not go.
+            ValueError: it is still there after `GONE_PATIENCE`.
         """
         start = time.monotonic()
         while self.read_job(kind, name) is not None or self.pods_of(kind, name):
@@ -157,7 +157,7 @@ class Cluster:
             time.sleep(1)
 
     def list_jobs(self, kind: str, label: str) -> list[dict[str, Any]]:
-        """The jobs with a label `name=value`; none where the cluster does not know the kind."""
+        """The jobs with a label `name=value`; none if the cluster does not know the kind."""
         try:
             found = self.custom.list_namespaced_custom_object(*self._path(kind), label_selector=label, _request_timeout=TIMEOUT)
         except ApiError as error:
@@ -167,20 +167,20 @@ class Cluster:
         return list(found["items"])
 
     def pods_of(self, kind: str, name: str) -> list[dict[str, Any]]:
-        """A job's pods, by name."""
+        """A job's pods, sorted by name."""
         selector = f"{KINDS[kind].pods_label}={name}"
         found = self.core.list_namespaced_pod(self.namespace, label_selector=selector, _request_timeout=TIMEOUT)
         return sorted((self._plain(pod) for pod in found.items), key=lambda pod: str(pod["metadata"]["name"]))
 
     def log(self, pod: str, container: str, previous: bool, tail: int | None = None, seconds: int | None = None) -> list[str]:
-        """Lines of a container's log, each with its time in front; none while there is no log, or no longer.
+        """Lines of a container's log, each prefixed with its timestamp; none if there is no log yet, or it is already gone.
 
         Args:
             pod: the pod's name.
             container: the container's name.
-            previous: of the container's last run instead of the present one.
-            tail: only so many last lines.
-            seconds: only lines of so many last seconds.
+            previous: read the log of the container's previous run instead of the current one.
+            tail: read only this many lines, from the end.
+            seconds: read only lines that are at most this many seconds old.
         """
         options = {name: value for name, value in (("tail_lines", tail), ("since_seconds", seconds)) if value is not None}
         for _ in range(TRIES):
@@ -191,16 +191,16 @@ class Cluster:
                     container=container,
                     previous=previous,
                     timestamps=True,
-                    _preload_content=False,  # the client would decode the bytes to their Python literal
+                    _preload_content=False,  # otherwise the client returns the bytes as a Python literal
                     _request_timeout=TIMEOUT,
                     **options,
                 )
-                lines = answer.data.decode("utf-8", errors="replace").split("\n")  # a carriage return ends no line
+                lines = answer.data.decode("utf-8", errors="replace").split("\n")  # a carriage return does not end a line
             except ApiError as error:
                 if error.status in (400, 404):  # the container has not started, or the pod is gone
                     return []
                 raise
-            except (ProtocolError, ReadTimeoutError):  # halfway through the answer, which the client leaves to its caller
+            except (ProtocolError, ReadTimeoutError):  # interrupted mid-response, which the client does not retry
                 time.sleep(BACKOFF_SECONDS)
             else:
                 return [line for line in lines if TIMED_LINE.match(line)]

@@ -1,10 +1,10 @@
-"""KFP wrappers of distillation on many nodes, and of the sweep at the end of its run."""
+"""KFP wrappers of distillation on many nodes and of the sweep at the end of a run."""
 
 from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output, TaskConfig, TaskConfigField, TaskConfigPassthrough
 
 from components.images import launcher_pod
 
-# what is set on the task goes to the nodes; the launcher needs the same access to the handover, and nothing else of it
+# settings on the task apply to the nodes; the launcher itself needs only those that give it access to the handover
 TO_NODES = [
     TaskConfigField.RESOURCES,
     TaskConfigField.KUBERNETES_AFFINITY,
@@ -88,7 +88,7 @@ def distill_distributed(
 
 @launcher_pod()
 def sweep_jobs(run_id: str, handover: str) -> None:
-    """Delete what is left of a run's jobs and of their handover."""
+    """Delete a run's remaining jobs and handover data."""
     from components.distill_distributed.sweep import SweepConfig, run
 
     run(SweepConfig(run_id=run_id, handover=handover))

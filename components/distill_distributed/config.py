@@ -1,4 +1,4 @@
-"""Settings of distillation on many nodes: those of the distill stage, and those of the job."""
+"""Settings for distillation on many nodes: those of the distill stage plus those of the job."""
 
 import json
 import re
@@ -9,16 +9,16 @@ from typing import Any
 from components.core.checks import check_at_least, check_not_empty, check_one_of
 from components.core.settings import EXECUTION, START
 from components.core.storage import check_place
-from components.distill.config import NOT_IN_PIPELINES as NOT_IN_ONE_POD
+from components.distill.config import NOT_IN_PIPELINES as NOT_IN_COMPRESS
 from components.distill.config import DistillConfig, DistillSettings
 
 KINDS = ("pytorchjob", "trainjob")
 POD_SETTINGS = ("affinity", "env", "node_selector", "resources", "tolerations", "volume_mounts", "volumes")
-NOT_IN_PIPELINES = NOT_IN_ONE_POD | {
-    "backend": "fsdp alone runs on many nodes",
-    "launcher": "torchrun alone starts the nodes",
-    "master_port": "the operator of the job sets it",
-    "deepspeed_config": "goes with backend deepspeed",
+NOT_IN_PIPELINES = NOT_IN_COMPRESS | {
+    "backend": "only fsdp runs on many nodes",
+    "launcher": "the nodes always use torchrun",
+    "master_port": "the job's operator sets it",
+    "deepspeed_config": "only used with backend deepspeed",
 }
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
 
@@ -28,24 +28,24 @@ class JobSettings(DistillSettings):
     """How to distil on many nodes."""
 
     backend: str = field(default="fsdp", metadata=EXECUTION)
-    """Only `fsdp`."""
+    """Only `fsdp` is supported."""
     launcher: str = field(default="torchrun", metadata=START)
-    """Only `torchrun`, which every node starts."""
+    """Only `torchrun` is supported; every node starts it."""
     handover: str
-    """Where launcher and nodes exchange models: gs://, s3:// or minio:// bucket with prefix, or a folder on a volume that all
-    of them mount at the same path. Checkpoints are kept there too if it is a folder."""
+    """Where the launcher and the nodes exchange models: a gs://, s3:// or minio:// bucket with a prefix, or a folder on a
+    volume that all of them mount at the same path. If it is a folder, checkpoints are kept there too."""
     image: str
-    """Image of the nodes, the project's gpu or cpu image."""
+    """Container image of the nodes: the project's gpu or cpu image."""
     kind: str = "pytorchjob"
     """`pytorchjob` (kubeflow.org/v1) or `trainjob` (Kubeflow Trainer 2.2 or newer)."""
     nodes: int = 2
-    """Nodes, each a pod with nproc_per_node processes."""
+    """Number of nodes, each a pod with nproc_per_node processes."""
     elastic: str = ""
-    """`MIN:MAX` nodes with which the job may go on; empty = all of them. For a pytorchjob only."""
+    """`MIN:MAX` number of nodes with which the job can continue; empty = needs all nodes. For a pytorchjob only."""
     retries: int = 3
-    """How often every node may be started again after a failure; a trainjob's runtime decides this itself."""
+    """How often each node may be restarted after a failure; for a trainjob, its runtime decides this."""
     deadline: int = 86400
-    """Seconds that the job may run, queueing not counted."""
+    """Seconds that the job may run, excluding time in the queue."""
     queue: str = ""
     """Kueue LocalQueue; empty = no queue."""
     runtime: str = "torch-distributed"
@@ -71,10 +71,10 @@ class JobSettings(DistillSettings):
         super().__post_init__()
 
     def node_range(self) -> tuple[int, int] | None:
-        """The fewest and most nodes of an elastic job, None for any other.
+        """The minimum and maximum number of nodes of an elastic job; None for any other job.
 
         Raises:
-            ValueError: `elastic` does not say.
+            ValueError: `elastic` is invalid.
         """
         if not self.elastic:
             return None
@@ -88,11 +88,11 @@ class JobSettings(DistillSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillDistributedConfig(JobSettings, DistillConfig):
-    """Distil on many nodes: create a Kubeflow job, watch it, bring its result."""
+    """Distil on many nodes: create a Kubeflow job, watch it and fetch its result."""
 
     pod: str = "{}"
     """Settings of the nodes' pods as a JSON object: affinity, env, node_selector, resources, tolerations, volume_mounts and
-    volumes, in Kubernetes' own form. In a pipeline they are what is set on the task."""
+    volumes, in Kubernetes' own format. In a pipeline they are taken from the task."""
     job_file: str = ""
     """File to write the job's manifest to before it is submitted; empty = `<output_dir>.job.yaml`."""
 
@@ -111,7 +111,7 @@ class DistillDistributedConfig(JobSettings, DistillConfig):
                 raise ValueError(f"{parameter} must be a folder for a job, got {path}")
 
     def inputs(self) -> dict[str, str]:
-        """What the nodes read: parameter → path; the mask's is that of its folder."""
+        """What the nodes read: parameter → path; for the mask, the path of its folder."""
         mask = Path(self.mask_file)
         paths = {
             "teacher_model": self.teacher_model,
@@ -122,10 +122,10 @@ class DistillDistributedConfig(JobSettings, DistillConfig):
         return paths if self.skip_ppl_eval else paths | {"eval_data": self.eval_data}
 
     def pod_settings(self) -> dict[str, Any]:
-        """The nodes' pod settings, those that are set.
+        """The nodes' pod settings that are not empty.
 
         Raises:
-            ValueError: `pod` is not a JSON object with these settings.
+            ValueError: `pod` is not a JSON object, or has other settings.
         """
         try:
             settings = json.loads(self.pod)

@@ -1,9 +1,9 @@
-"""The job as a manifest: one spec and a pure renderer for each kind of job.
+"""The job's manifest: one spec, and a pure renderer for each kind of job.
 
 PyTorchJob, training-operator 1.9: https://www.kubeflow.org/docs/components/trainer/legacy-v1/
 TrainJob, Kubeflow Trainer 2.2 and newer: https://www.kubeflow.org/docs/components/trainer/
 
-Both operators tell each node its place by the PET_* variables that torchrun reads, so its command needs no flags.
+Both operators configure each node through the PET_* variables that torchrun reads, so its command needs no flags.
 """
 
 import json
@@ -17,8 +17,8 @@ MANAGED_BY = "app.kubernetes.io/managed-by"
 PROJECT = "sparse-distill"
 RUN_LABEL = "sparse-distill/run"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-KEEP_SECONDS = 3600  # a finished job stays so long: for a launcher that comes back, and for people
-SHARED_MEMORY = "8Gi"  # upper limit of /dev/shm, by which processes of a node talk; Kubernetes gives 64 MB
+KEEP_SECONDS = 3600  # how long a finished job is kept, for a restarted launcher and for inspection
+SHARED_MEMORY = "8Gi"  # limit of /dev/shm, through which a node's processes communicate; the default is 64 MB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +31,16 @@ class JobSpec:
         run: the pipeline run that it belongs to.
         image: the nodes' image.
         command: what each node runs.
-        nodes: how many.
-        nproc_per_node: processes on each.
-        elastic: fewest and most nodes, None = all.
-        retries: how often every node may start again.
-        deadline: seconds.
+        nodes: number of nodes.
+        nproc_per_node: processes on each node.
+        elastic: minimum and maximum number of nodes, None = all nodes.
+        retries: how often each node may be restarted.
+        deadline: seconds that the job may run.
         queue: Kueue LocalQueue, "" = none.
         runtime: ClusterTrainingRuntime of a TrainJob.
         service_account: the nodes' ServiceAccount, "" = the default one.
         pod: settings of the nodes' pods, see `DistillDistributedConfig.pod`.
-        owner: ownerReference to the launcher's pod, with which Kubernetes removes the job; None outside of a cluster.
+        owner: ownerReference to the launcher's pod, with which Kubernetes removes the job too; None outside a cluster.
     """
 
     name: str
@@ -63,7 +63,7 @@ class JobSpec:
 def pytorchjob(spec: JobSpec) -> dict[str, Any]:
     """The spec as a PyTorchJob (kubeflow.org/v1).
 
-    A job of fixed size has one master, whose success is the job's; an elastic one has workers only.
+    A job of fixed size has one master, whose success is that of the job; an elastic job has only workers.
     """
     template = {"metadata": {"labels": labels(spec), "annotations": NO_MESH}, "spec": pod_spec(spec)}
     replica = {"restartPolicy": "OnFailure", "template": template}
@@ -71,9 +71,9 @@ def pytorchjob(spec: JobSpec) -> dict[str, Any]:
         "nprocPerNode": str(spec.nproc_per_node),
         "runPolicy": {
             "activeDeadlineSeconds": spec.deadline,
-            # without a limit a failing pod would start again for ever; one failure ends the processes of all nodes
+            # without a limit a failing pod would restart for ever; per node, since one failure ends the processes of all
             "backoffLimit": spec.retries * spec.nodes,
-            "cleanPodPolicy": "Running",  # None, the default, leaves pods and their GPUs running after a failure
+            "cleanPodPolicy": "Running",  # None, the default, keeps pods running and GPUs occupied after a failure
             "ttlSecondsAfterFinished": KEEP_SECONDS,
         },
     }
@@ -127,12 +127,12 @@ def trainjob(spec: JobSpec) -> dict[str, Any]:
 
 
 def as_yaml(manifest: dict[str, Any]) -> str:
-    """A manifest as YAML; by way of JSON, or YAML would write what master and workers share as an alias."""
+    """A manifest as YAML, converted through JSON, since YAML would write what master and workers share as an alias."""
     return yaml.safe_dump(json.loads(json.dumps(manifest)), sort_keys=False)
 
 
-# the user of the images, told outright: the operator adds a container of another image to the workers, which would be root;
-# volumes become writable for its group
+# the user of the images, set explicitly: the operator adds a container with another image to the workers, which would otherwise
+# run as root; volumes become writable for the group
 NO_ROOT = {
     "runAsNonRoot": True,
     "runAsUser": 1000,
@@ -141,12 +141,12 @@ NO_ROOT = {
     "seccompProfile": {"type": "RuntimeDefault"},
 }
 RENDERERS = {"pytorchjob": pytorchjob, "trainjob": trainjob}
-NO_MESH = {"sidecar.istio.io/inject": "false"}  # a mesh's sidecar never ends, and refuses what the nodes tell each other
+NO_MESH = {"sidecar.istio.io/inject": "false"}  # a mesh's sidecar never exits, and blocks traffic between nodes
 PATCHED = ("affinity", "nodeSelector", "securityContext", "serviceAccountName", "tolerations", "volumes")
 
 
 def labels(spec: JobSpec) -> dict[str, str]:
-    """Whose the job and its pods are; the sweep at the end of a run finds them by it."""
+    """Labels that identify the run of the job and its pods, by which the sweep at the end of a run finds them."""
     return {MANAGED_BY: PROJECT, RUN_LABEL: spec.run}
 
 
@@ -161,12 +161,12 @@ def pod_spec(spec: JobSpec) -> dict[str, Any]:
     """A node's pod."""
     own_env = [
         {"name": "PYTHONUNBUFFERED", "value": "1"},
-        # the nodes read all from the handover
+        # the nodes read everything from the handover
         {"name": "HF_HUB_OFFLINE", "value": "1"},
-        # else a node that comes back alone finds no rendezvous under torch 2.13
+        # otherwise a node that restarts alone finds no rendezvous under torch 2.13
         {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"},
     ]
-    if spec.elastic:  # whose nodes the operator does not tell it
+    if spec.elastic:  # the operator does not set it on the nodes of an elastic job
         own_env.append({"name": "PET_NPROC_PER_NODE", "value": str(spec.nproc_per_node)})
     container: dict[str, Any] = {
         "name": "pytorch",
@@ -181,7 +181,7 @@ def pod_spec(spec: JobSpec) -> dict[str, Any]:
         container["resources"] = spec.pod["resources"]
     memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}}
     pod: dict[str, Any] = {
-        "automountServiceAccountToken": False,  # the nodes ask nothing of Kubernetes
+        "automountServiceAccountToken": False,  # the nodes do not call the Kubernetes API
         "containers": [container],
         "securityContext": NO_ROOT,
         "volumes": [memory, *spec.pod.get("volumes", [])],

@@ -1,7 +1,7 @@
-"""What runs on each node of the job: read the inputs, start torchrun, hand the result over.
+"""What runs on each node of the job: download the inputs, run torchrun, upload the result.
 
-Inputs are read once a node, not once a process. Only the node with the first process has a result, and writes it; the
-others wait until it is whole, since an elastic job counts as succeeded, and its pods are removed, when any node ends.
+Inputs are downloaded once per node, not once per process. Only the node with the first process has a result to upload; the
+others wait until it is complete, since an elastic job counts as succeeded, and its pods are removed, when any node finishes.
 """
 
 import json
@@ -19,7 +19,7 @@ from components.core.progress import log
 
 RESULT_PATIENCE = 3600.0  # seconds that a node without a result waits for the one that writes it
 POLL_SECONDS = 2.0
-UPLOAD_TRIES, UPLOAD_PAUSE = 5, 30.0  # seconds between them
+UPLOAD_TRIES, UPLOAD_PAUSE = 5, 30.0  # the pause between tries is in seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +27,15 @@ class NodeConfig:
     """Settings of a node."""
 
     place: str
-    """The job's place at the handover: inputs/… is read, result is written."""
+    """The job's location in the handover: inputs/… is read, result is written."""
     inputs: str
-    """Parameter of components.distill → name under inputs/, as a JSON object; parameters may share one."""
+    """Parameter of components.distill → name under inputs/, as a JSON object; parameters may share a name."""
     flags: str
     """All other flags of components.distill, as a JSON list."""
 
 
 def run(config: NodeConfig) -> None:
-    """Do a node's part. Raises SystemExit with the exit code of torchrun where that fails."""
+    """Run one node's part of the job. Raises SystemExit with torchrun's exit code if it fails."""
     result = f"{config.place}/result"
     if storage.is_complete(result):
         log("the result is there already")
@@ -54,7 +54,7 @@ def run(config: NodeConfig) -> None:
 
 
 def hand_over(folder: Path, result: str) -> None:
-    """Upload the result; tried again a few times, since a failure here throws the whole training away."""
+    """Upload the result, retrying a few times, since a failure here would waste the whole training run."""
     for left in reversed(range(UPLOAD_TRIES)):
         try:
             storage.upload(folder, result)
@@ -67,7 +67,7 @@ def hand_over(folder: Path, result: str) -> None:
 
 
 def wait_for(result: str) -> None:
-    """Wait until another node has written the result. Raises ValueError if it does not."""
+    """Wait until another node has written the result. Raises ValueError if that takes too long."""
     start = time.monotonic()
     while not storage.is_complete(result):
         if time.monotonic() - start > RESULT_PATIENCE:

@@ -1,4 +1,4 @@
-"""Hand the models over, create the job or adopt it, watch it, and bring back a result that proves itself."""
+"""Upload the models, create or adopt the job, watch it, then fetch and verify its result."""
 
 import hashlib
 import json
@@ -21,19 +21,19 @@ from components.distill_distributed.job import MANAGED_BY, RENDERERS, RUN_LABEL,
 from components.distill_distributed.watch import GivenUpError, JobError, Watcher
 
 KFP_RUN_LABEL = "pipeline/runid"
-# a node has paths of its own, and is started by the job; the launcher works out the global batch
+# a node has its own paths and is started by the job; the launcher computes the global batch
 NOT_FOR_NODES = names_of(DistillConfig, INPUT, OUTPUT, START) | {"global_batch"}
 
 
 def run(config: DistillDistributedConfig) -> StageRecord:
     """Distil on many nodes and write the student with its record.
 
-    The job is deleted when this process is asked to end; when it is killed, Kubernetes removes the job with this pod, or
-    the next try adopts it.
+    The job is deleted when this process is asked to stop. If the process is killed, Kubernetes removes the job with this
+    pod, or the next try adopts it.
 
     Raises:
-        JobError: the job failed, or its result does not hold what it should.
-        ValueError: the handover cannot be written.
+        JobError: the job failed, or its result did not pass verification.
+        ValueError: the handover is not writable.
     """
     config.check_environment()
     mask = fingerprint_of_file(find_mask(config.mask_file))
@@ -49,7 +49,7 @@ def run(config: DistillDistributedConfig) -> StageRecord:
         scratch.write_text(as_yaml(manifest), encoding="utf-8")
     inputs = distinct(config.inputs())
     for input_name in sorted(set(inputs.values())):
-        if not storage.is_complete(f"{place}/inputs/{input_name}"):  # an earlier try has handed it over
+        if not storage.is_complete(f"{place}/inputs/{input_name}"):  # otherwise an earlier try has uploaded it
             storage.upload(Path(config.inputs()[input_name]), f"{place}/inputs/{input_name}")
     with ended_with_this_process(cluster, config.kind, name):
         submit(cluster, config.kind, manifest)
@@ -58,15 +58,15 @@ def run(config: DistillDistributedConfig) -> StageRecord:
     record = collect(f"{place}/result", Path(config.output_dir), name, mask)
     for used in ("inputs", "checkpoints"):
         storage.remove(f"{place}/{used}")
-    if pod is None:  # in a pipeline it stays for a launcher that comes back, until the run is swept
+    if pod is None:  # in a pipeline it is kept for a restarted launcher until the sweep
         storage.remove(place)
     return record
 
 
 def job_name(run_id: str, config: DistillDistributedConfig) -> str:
-    """A name that every try of one task shares and no other task has.
+    """A name that is shared by all tries of one task and by no other task.
 
-    KFP gives each task of each run its own output; from a shell other settings or inputs must not find an earlier result.
+    KFP gives each task of each run its own output; from a shell, other settings or inputs must not find an earlier result.
     """
     inputs = {name: sample_fingerprint(files_under(Path(path))) for name, path in config.inputs().items()}
     settings = [*config.flags(leave_out=NOT_FOR_NODES), global_batch(config)]
@@ -75,12 +75,12 @@ def job_name(run_id: str, config: DistillDistributedConfig) -> str:
 
 
 def files_under(folder: Path) -> list[Path]:
-    """All files of a folder, in the order of their names."""
+    """All files under a folder, sorted by path."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def distinct(inputs: dict[str, str]) -> dict[str, str]:
-    """Parameter → the first parameter with the same path, by which the path is handed over once."""
+    """Parameter → the first parameter with the same path, so that each path is uploaded only once."""
     first: dict[str, str] = {}
     return {parameter: first.setdefault(path, parameter) for parameter, path in inputs.items()}
 
@@ -88,7 +88,7 @@ def distinct(inputs: dict[str, str]) -> dict[str, str]:
 def make_spec(
     config: DistillDistributedConfig, namespace: str, run_id: str, name: str, place: str, pod: dict[str, Any] | None
 ) -> JobSpec:
-    """The job for these settings; `pod` is the launcher's own, or None."""
+    """The job for these settings; `pod` is the launcher's own pod, or None."""
     in_folder = Path(config.handover).is_absolute()
     checkpoints = config.checkpoint_dir or (f"{place}/checkpoints" if in_folder else "")
     flags = config.flags(leave_out=NOT_FOR_NODES)
@@ -116,20 +116,20 @@ def make_spec(
 
 
 def global_batch(config: DistillDistributedConfig) -> int:
-    """Training blocks of a step over all processes, which stays when an elastic job loses a node."""
+    """Training blocks per step over all processes, which stays the same when an elastic job loses a node."""
     return config.global_batch or config.batch_size * config.grad_accum_steps * config.nodes * config.nproc_per_node
 
 
 def owner_reference(pod: dict[str, Any]) -> dict[str, Any]:
-    """With this in a job's metadata Kubernetes removes it when the pod is removed."""
+    """With this in a job's metadata, Kubernetes removes the job when the pod is removed."""
     return {"apiVersion": "v1", "kind": "Pod", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}
 
 
 @contextmanager
 def ended_with_this_process(cluster: Cluster, kind: str, name: str) -> Iterator[None]:
-    """Delete the job when this process is asked to end or gives it up.
+    """Delete the job when this process is asked to stop or gives up on the job.
 
-    One that has failed is left for people to look at; one that is lost with its API server, for the next try.
+    A failed job is kept for inspection; a job whose API server does not respond is left for the next try.
     """
 
     def end(number: int, _: object) -> None:
@@ -139,7 +139,7 @@ def ended_with_this_process(cluster: Cluster, kind: str, name: str) -> Iterator[
     try:
         yield
     except (SystemExit, KeyboardInterrupt, GivenUpError) as reason:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the deletion
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not interrupt the deletion
         log(f"deleting job {name}: {'given up' if isinstance(reason, GivenUpError) else 'asked to end'}")
         cluster.delete_job(kind, name)
         raise
@@ -148,23 +148,23 @@ def ended_with_this_process(cluster: Cluster, kind: str, name: str) -> Iterator[
 
 
 def submit(cluster: Cluster, kind: str, manifest: dict[str, Any]) -> None:
-    """Create the job; one of an earlier try is adopted.
+    """Create the job, or adopt one from an earlier try.
 
-    One that has failed is adopted too where this is a pipeline's own next try, which then fails at once with the same account
-    instead of running it all again; from a shell it is replaced.
+    In a pipeline's own retry a failed job is adopted too, so that the retry fails immediately with the same error instead of
+    training all over again; from a shell a failed job is replaced.
 
     Raises:
-        JobError: the name belongs to a job of somebody else.
+        JobError: the name is taken by a job that does not belong to this task.
     """
     metadata = manifest["metadata"]
     while cluster.create_job(kind, manifest) is None:
         found = cluster.read_job(kind, metadata["name"])
         if found is None:
-            continue  # it went between the two requests
+            continue  # it disappeared between the two requests
         theirs = found["metadata"].get("labels", {})
         if any(theirs.get(label) != metadata["labels"][label] for label in (MANAGED_BY, RUN_LABEL)):
             raise JobError(f"job {metadata['name']} exists and belongs to no try of this task")
-        retried = "ownerReferences" in metadata  # by KFP, in a pod
+        retried = "ownerReferences" in metadata  # by KFP, if this runs in a pod
         if (has_failed(found) and not retried) or "deletionTimestamp" in found["metadata"]:
             log(f"job {metadata['name']} of an earlier try has ended: it is removed and created anew")
             cluster.delete_job(kind, metadata["name"])
@@ -172,7 +172,7 @@ def submit(cluster: Cluster, kind: str, manifest: dict[str, Any]) -> None:
             continue
         log(f"job {metadata['name']} of an earlier try is there: adopting it")
         for owner in metadata.get("ownerReferences", []):
-            cluster.own_job(kind, metadata["name"], owner)
+            cluster.set_owner(kind, metadata["name"], owner)
         return
     log(f"job {metadata['name']} created: {manifest['kind']} in namespace {metadata['namespace']}")
 
@@ -184,16 +184,16 @@ def has_failed(job: dict[str, Any]) -> bool:
 
 
 def collect(place: str, output_dir: Path, name: str, mask: str) -> StageRecord:
-    """Bring the result of a job that says it succeeded, and believe it only if the result is whole and says the same.
+    """Fetch the result of a job that reports success, and accept it only if it is complete and passes verification.
 
     Args:
-        place: where the node with the first process has written it.
+        place: where the node with the first process wrote the result.
         output_dir: folder to create.
         name: the job's name.
         mask: fingerprint of the mask that was handed over.
 
     Raises:
-        JobError: it is not there, or was trained under another mask, or without the integrity check.
+        JobError: the result is incomplete, was trained under another mask, or lacks the required integrity check.
     """
     if not storage.is_complete(place):
         raise JobError(f"job {name} says that it succeeded, but {place} holds no complete result")

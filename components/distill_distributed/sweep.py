@@ -1,4 +1,4 @@
-"""At the end of a run, however it ended: delete what is left of its jobs and of their handover."""
+"""Delete a run's remaining jobs and handover data at the end of the run, however it ended."""
 
 import re
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class SweepConfig:
     run_id: str
     """The run's id."""
     handover: str
-    """The run's handover place."""
+    """The run's handover location."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?", self.run_id):
@@ -27,21 +27,21 @@ class SweepConfig:
 
 
 def run(config: SweepConfig) -> None:
-    """Delete the run's jobs and what was handed over to them; both may be gone already."""
+    """Delete the run's jobs and their handover data; both may already be gone."""
     cluster = Cluster.connect()
     for kind in KINDS:
         for job in cluster.list_jobs(kind, f"{RUN_LABEL}={config.run_id}"):
             name = job["metadata"]["name"]
             cluster.delete_job(kind, name)
             log(f"job {name} deleted")
-            cluster.wait_until_gone(kind, name)  # until then its pods may write
+            cluster.wait_until_gone(kind, name)  # until then its pods may still write
     place = f"{config.handover}/{config.run_id}"
     storage.remove(place)
     log(f"{place} removed")
 
 
 def main() -> None:
-    """Sweep."""
+    """Run the sweep."""
     try:
         run(parse(SweepConfig, "Delete the jobs of a run."))
     except (ValueError, OSError) as error:

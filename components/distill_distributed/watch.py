@@ -1,7 +1,7 @@
-"""Follow a job to its end: say what it waits for, show its log, keep what failing containers leave, and tell its fate.
+"""Follow a job until it ends: report what it waits for, show its log and why containers failed, and report the outcome.
 
-A job's status alone is not believed. That pods wait for a place or for their image does not count as running; what a
-container left when it ended is read at once, since the operator may remove its pod; success is for the caller to confirm.
+A job's status alone is not trusted. Pods that wait to be scheduled or for their image do not count as running; the log of a
+failed container is read immediately, since the operator may remove its pod; the caller has to verify success.
 """
 
 import time
@@ -13,9 +13,9 @@ from components.distill_distributed.cluster import Cluster
 
 POLL_SECONDS = 3.0
 TAIL_LINES = 40
-FAULT_PATIENCE = 600.0  # seconds for which a container that cannot be made is waited for: a registry may be away
-NO_PODS_PATIENCE = 600.0  # seconds after which a job that is not queued, and for which nobody makes pods, is given up
-GRACE_SECONDS = 300.0  # over the deadline, which is for the operator to hold; then the launcher does
+FAULT_PATIENCE = 600.0  # seconds to wait for a container that cannot be created: a registry may be down
+NO_PODS_PATIENCE = 600.0  # seconds after which a job that is not queued but has no pods is given up
+GRACE_SECONDS = 300.0  # past the deadline, which the operator should enforce, before the launcher does
 ORDINARY = {"ContainerCreating", "PodInitializing"}
 FAULTS = {
     "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable",
@@ -24,11 +24,11 @@ FAULTS = {
 
 
 class JobError(ValueError):
-    """The job failed, or went away."""
+    """The job failed or was deleted."""
 
 
 class GivenUpError(JobError):
-    """The job has not ended, and will not end well."""
+    """The job has not ended and is not going to succeed."""
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Watcher:
         cluster: where the job is.
         kind: `pytorchjob` or `trainjob`.
         name: the job's name.
-        nodes: how many pods make it complete.
-        deadline: seconds that it may run.
+        nodes: number of running pods at which the job counts as running.
+        deadline: seconds that the job may run.
     """
 
     cluster: Cluster
@@ -55,10 +55,10 @@ class Watcher:
     log_read: float = 0.0
 
     def follow(self) -> None:
-        """Wait until the job says that it succeeded.
+        """Wait until the job reports success.
 
         Raises:
-            JobError: it failed, ran into a deadline, was deleted, or will never start.
+            JobError: it failed, exceeded its deadline, was deleted, or will never start.
         """
         self.since["submitted"] = time.monotonic()
         while True:
@@ -81,7 +81,7 @@ class Watcher:
             time.sleep(POLL_SECONDS)
 
     def _say(self, about: str, line: str) -> None:
-        """Print a line if it is news."""
+        """Print a line unless it repeats the last one about the same subject."""
         if self.said.get(about) != line:
             self.said[about] = line
             log(line)
@@ -103,10 +103,10 @@ class Watcher:
             self.said.pop("job", None)
         elif not {"Succeeded", "Complete", "Failed"} & conditions.keys():
             self._say("job", f"job {self.name}: {len(running)} of {self.nodes} nodes run")
-            self._tell_events(self.name)  # such as pods that a quota or a missing account forbids
+            self._tell_events(self.name)  # such as pods forbidden by a quota or a missing service account
 
     def _tell_pod(self, pod: dict[str, Any]) -> None:
-        """Say what a pod waits for, and what a container left that ended badly."""
+        """Report what a pod waits for, and the last log lines of containers that failed."""
         name = pod["metadata"]["name"]
         if reason := waiting_for(pod):
             self._say(name, f"{name} waits: {reason}")
@@ -126,10 +126,10 @@ class Watcher:
                         log(f"  {name}| {without_time(line)}")
 
     def _show_log(self, pods: list[dict[str, Any]]) -> None:
-        """Print what is new in the log of the first node, which speaks for all.
+        """Print the new lines in the log of the first node, which logs for all nodes.
 
-        The last seconds are asked for each time, with some overlap, and lines up to the last one shown are left out: so
-        nothing is lost or said twice when a request fails or another launcher takes over.
+        Each request covers the time since the last one, with some overlap, and lines that were already shown are skipped, so
+        that nothing is lost or repeated when a request fails or another launcher takes over.
         """
         leader = next((pod for pod in pods if pod["status"].get("phase") in ("Running", "Succeeded", "Failed")), None)
         if leader is None or leader is not pods[0]:
@@ -139,13 +139,13 @@ class Watcher:
         container = leader["spec"]["containers"][0]["name"]
         for line in self.cluster.log(name, container, False, seconds=int(now - self.log_read) + 30 if shown else None):
             stamp = line.partition(" ")[0]
-            if stamp > shown:  # lines may share a time
+            if stamp > shown:  # lines may share a timestamp, so `shown` stays as it was
                 log(f"  {name}| {without_time(line)}")
                 self.shown_until[leader["metadata"]["uid"]] = stamp
         self.log_read = now
 
     def _check_patience(self, conditions: dict[str, Any], pods: list[dict[str, Any]]) -> None:
-        """Give up on what cannot end well by itself; queueing, for a quota or for room, may last. Raises GivenUpError."""
+        """Give up on a job that cannot recover; waiting for quota or capacity may take long. Raises GivenUpError."""
         if self._lasts("no pods", not pods and "Suspended" not in conditions) > NO_PODS_PATIENCE:
             raise GivenUpError(
                 f"job {self.name} had no pods for {NO_PODS_PATIENCE:.0f} s: is the operator for kind {self.kind} installed, "
@@ -158,21 +158,21 @@ class Watcher:
             raise GivenUpError(f"job {self.name} still runs after its deadline of {self.deadline:.0f} s: no operator ended it")
 
     def _lasts(self, what: str, is_so: bool) -> float:
-        """Seconds for which something has been so at every look."""
+        """Seconds for which a condition has held at every poll."""
         if not is_so:
             self.since.pop(what, None)
             return 0.0
         return time.monotonic() - self.since.setdefault(what, time.monotonic())
 
     def _tell_events(self, name: str) -> None:
-        """Print the events that warn of an object, each once."""
+        """Print the warning events about an object, each once."""
         for event in self.cluster.events_of(name):
             if event.get("type") == "Warning":
                 line = f"  event of {name}: {event.get('reason')}: {event.get('message')}"
                 self._say(line, line)
 
     def _account(self, failed: dict[str, Any], pods: list[dict[str, Any]]) -> str:
-        """Why the job failed, in one line; prints the events that warn."""
+        """Why the job failed, in one line; also prints the warning events."""
         for name in (self.name, *(pod["metadata"]["name"] for pod in pods)):
             self._tell_events(name)
         endings = "; ".join(dict.fromkeys(self.endings.values())) or "no container left an exit code"
@@ -180,7 +180,7 @@ class Watcher:
 
 
 def waiting_for(pod: dict[str, Any]) -> str:
-    """`reason: message` of what keeps a pod from running; empty if nothing unusual does."""
+    """`reason: message` of what keeps a pod from running; empty if it is nothing unusual."""
     status = pod["status"]
     for condition in status.get("conditions", []):
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
@@ -193,5 +193,5 @@ def waiting_for(pod: dict[str, Any]) -> str:
 
 
 def without_time(line: str) -> str:
-    """A log line without the time that Kubernetes puts in front."""
+    """A log line without the timestamp that Kubernetes prepends."""
     return line.partition(" ")[2]

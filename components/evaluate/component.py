@@ -1,4 +1,4 @@
-"""KFP wrapper of the evaluate stage, for pipelines of your own: in `compress` each stage measures what it made."""
+"""KFP wrapper of the evaluate stage, for your own pipelines: in `compress`, each stage measures its own output."""
 
 from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
 

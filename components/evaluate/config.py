@@ -9,7 +9,7 @@ from components.core.settings import EvalBlockSettings, ModelSettings
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(EvalBlockSettings, ModelSettings):
-    """Measure perplexity by the field's convention: token level, non-overlapping blocks."""
+    """Measure perplexity by the usual convention: token-level, over non-overlapping blocks."""
 
     model_dir: str
     """Folder with the checkpoint: dense, sparse or quantized."""

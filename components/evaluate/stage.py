@@ -1,4 +1,4 @@
-"""Load a checkpoint and measure it."""
+"""Load a checkpoint and measure its perplexity."""
 
 from dataclasses import asdict
 
@@ -17,7 +17,7 @@ def run(config: EvaluateConfig) -> StageRecord:
     """Evaluate a checkpoint.
 
     Raises:
-        ValueError: the folder is no checkpoint, the corpus is too short, or the blocks are too long for the model.
+        ValueError: the folder is not a checkpoint, the corpus is too short, or the blocks are too long for the model.
     """
     watch = Stopwatch()
     config.check_environment()

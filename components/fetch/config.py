@@ -15,9 +15,9 @@ class FetchConfig(CodeSettings):
     model_id: str
     """The model: hub id with optional @revision, folder, or builtin:smollm2-135m."""
     output_dir: str
-    """Folder to create: the checkpoint."""
+    """Folder to create for the checkpoint."""
     revision: str = ""
-    """What the resolve stage named: a commit on the hub, or the fingerprint that the folder must still have."""
+    """Revision found by the resolve stage: a commit on the hub, or the fingerprint that a folder must still have."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

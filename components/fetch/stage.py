@@ -1,4 +1,4 @@
-"""Copy a checkpoint from where it is into the output folder, with the head of its history."""
+"""Copy a checkpoint to the output folder and write its history."""
 
 import fnmatch
 import shutil
@@ -18,7 +18,7 @@ def run(config: FetchConfig) -> StageRecord:
     """Fetch a model.
 
     Raises:
-        ValueError: the model does not exist, is gated, is no dense safetensors checkpoint, or the disk is too small.
+        ValueError: the model does not exist, is gated, is not a dense safetensors checkpoint or does not fit on the disk.
     """
     watch = Stopwatch()
     config.check_environment()
@@ -38,7 +38,7 @@ def run(config: FetchConfig) -> StageRecord:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Weights that the index names, and configuration, tokenizer and licence files; nothing else (other formats)."""
+    """The weights and the configuration, tokenizer and licence files; not, for example, weights in other formats."""
     small = [
         file
         for file in sorted(folder.iterdir())

@@ -1,4 +1,4 @@
-"""The prune stage from a shell: `python -m components.prune --dense_model … --output_dir …`."""
+"""Run the prune stage from a shell: `python -m components.prune --dense_model … --output_dir …`."""
 
 from components.core.cli import main
 from components.prune.config import PruneConfig

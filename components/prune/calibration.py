@@ -1,8 +1,8 @@
-"""Calibration: record what each decoder block is called with, then replay the blocks one by one.
+"""Calibration: record the arguments that each decoder block is called with, then replay the blocks one by one.
 
-A recording pass runs embeddings, the first block and whatever the model computes around its blocks (position embeddings,
-attention masks); the other blocks stand aside. It costs one block's time and yields for every block its very keyword
-arguments, which differ from block to block in models with, say, sliding and full attention.
+A recording pass runs the embeddings, the first block and whatever the model computes outside its blocks (position embeddings,
+attention masks); the other blocks are skipped. It takes about as long as one block and captures the exact keyword arguments of
+every block, which differ from block to block in models that, say, mix sliding-window and full attention.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Batch:
 
     Attributes:
         hidden: input of the next block, [batch, seq_len, width].
-        calls: for each block, the further positional and the keyword arguments it is called with.
+        calls: for each block, its remaining positional arguments and its keyword arguments.
     """
 
     hidden: Tensor
@@ -37,7 +37,7 @@ def capture(model: Any, blocks: nn.ModuleList, ids: Tensor) -> list[Batch]:
     """Run the recording pass over calibration ids [nsamples, seq_len].
 
     Raises:
-        ValueError: the model does not call each block once, in order, with the hidden states first.
+        ValueError: the model does not call each block once, in order, with the hidden states as first argument.
     """
     device = next(model.parameters()).device
     batches: list[Batch] = []
@@ -68,12 +68,12 @@ def capture(model: Any, blocks: nn.ModuleList, ids: Tensor) -> list[Batch]:
             batches.append(Batch(seen[0], list(calls)))
     finally:
         for block in blocks:
-            del block.forward  # what was set on the instance; the class's own shows again
+            del block.forward  # the instance attribute, so that the class's own method is used again
     return batches
 
 
 def _share(value: Any, reference: Any) -> Any:
-    """`value` with each tensor that equals its counterpart in `reference` replaced by it, so that one copy is kept."""
+    """`value`, reusing the tensors of `reference` wherever they are equal, so that only one copy is kept."""
     if isinstance(value, Tensor):
         same = isinstance(reference, Tensor) and value.shape == reference.shape and torch.equal(value, reference)
         return reference if same else value
@@ -85,7 +85,7 @@ def _share(value: Any, reference: Any) -> Any:
 
 
 def run_block(block: nn.Module, batch: Batch, index: int) -> Tensor:
-    """Output hidden states [batch, seq_len, width] of block `index` on a batch."""
+    """Hidden states [batch, seq_len, width] that block `index` outputs for a batch."""
     args, kwargs = batch.calls[index]
     output = block(batch.hidden, *args, **kwargs)
     hidden = output[0] if isinstance(output, tuple) else output
@@ -95,20 +95,20 @@ def run_block(block: nn.Module, batch: Batch, index: int) -> Tensor:
 
 @torch.no_grad()
 def hessians(block: nn.Module, batches: list[Batch], index: int, what: str) -> dict[str, Tensor]:
-    """Hessian of each linear's layer-wise squared error, H = 2/n · Σ xᵀx over calibration tokens (SparseGPT, eq. 1).
+    """Hessian of each linear layer's squared output error, H = 2/n · Σ xᵀx over calibration tokens (SparseGPT, eq. 1).
 
-    Linears that are given the very same tensor (q, k, v; gate, up) share one Hessian, and its accumulation.
+    Layers that receive the same tensor object (q, k, v; gate, up) share one Hessian, which is accumulated only once.
 
     Returns:
         name within the block → float32 [in_features, in_features].
 
     Raises:
-        ValueError: a linear saw no token (an expert that no token was routed to), or a Hessian is not finite.
+        ValueError: a layer saw no tokens (an expert that none were routed to), or a Hessian is not finite.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     leader: dict[str, str] = {}  # linear → the linear whose Hessian it shares
-    inputs: list[tuple[str, Tensor]] = []  # of the present forward: (leader, its input), kept alive to compare identity
+    inputs: list[tuple[str, Tensor]] = []  # current forward pass: (leader, its input), kept alive to compare identity
 
     def hook(name: str) -> Any:
         def accumulate(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -149,6 +149,6 @@ def hessians(block: nn.Module, batches: list[Batch], index: int, what: str) -> d
 
 @torch.no_grad()
 def advance(block: nn.Module, batches: list[Batch], index: int) -> None:
-    """Replace each batch's hidden states by the output of block `index`, as pruned."""
+    """Replace each batch's hidden states with the output of block `index` after pruning."""
     for batch in batches:
         batch.hidden = run_block(block, batch, index)

@@ -11,8 +11,8 @@ from components.core.settings import CalibrationSettings, EvalSettings, ModelSet
 
 METHODS = ("sparsegpt", "magnitude")
 NOT_IN_PIPELINES = {
-    "damping": "an expert's knob: too little is corrected by itself, and said",
-    "block_size": "an expert's knob: it hardly changes the result",
+    "damping": "expert setting: a value that is too small is increased automatically, and logged",
+    "block_size": "expert setting: it hardly changes the result",
 }
 
 
@@ -21,15 +21,15 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
     """How to prune."""
 
     sparsity: float = 0.7
-    """Share of weights to remove from each linear layer, in [0, 1); for a pattern N:M it must be 1 - N/M."""
+    """Fraction of weights to remove from each linear layer, in [0, 1); must be 1 - N/M for an N:M pattern."""
     pattern: str = "unstructured"
-    """`unstructured`, or N:M to keep N of every M neighbouring weights in a row, e.g. 2:4."""
+    """`unstructured`, or N:M to keep N of every M consecutive weights in a row, e.g. 2:4."""
     method: str = "sparsegpt"
-    """`sparsegpt` (Hessian-aware, repairs the kept weights) or `magnitude` (the plain baseline)."""
+    """`sparsegpt` (Hessian-aware; adjusts the remaining weights to compensate) or `magnitude` (the plain baseline)."""
     damping: float = 0.01
-    """Added to the Hessian's diagonal, as a share of its mean."""
+    """Value added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
     block_size: int = 128
-    """Columns whose mask is chosen together (SparseGPT's lazy batch)."""
+    """Number of columns whose mask is chosen together (SparseGPT's lazy batch)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,14 +47,14 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(PruneSettings):
-    """Prune the linear layers of a language model's blocks in one shot."""
+    """Prune the linear layers in a language model's decoder blocks in one shot."""
 
     dense_model: str
-    """The model to prune: folder with a dense checkpoint, hub id with optional @revision, or builtin:smollm2-135m."""
+    """The model to prune: a folder with a dense checkpoint, a hub id with optional @revision, or builtin:smollm2-135m."""
     output_dir: str
-    """Folder to create: the sparse checkpoint, sparsity_mask.safetensors, prune_stats.json."""
+    """Folder to create for the sparse checkpoint, sparsity_mask.safetensors and prune_stats.json."""
     mask_file: str = ""
-    """Where to write the mask instead of the output folder: a file outside it."""
+    """File outside the output folder to write the mask to; empty = in the output folder."""
     calibration_data: str = WIKITEXT2
     """Corpus spec or tokens folder for calibration."""
     eval_data: str = WIKITEXT2

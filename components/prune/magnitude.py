@@ -1,6 +1,6 @@
-"""Magnitude pruning: remove the smallest weights of a layer. The plain baseline that Hessian-aware methods are held against.
+"""Magnitude pruning: remove a layer's smallest weights, as a plain baseline for the Hessian-aware methods.
 
-Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015, here per layer and in one shot.
+Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015, here applied per layer and in one shot.
 """
 
 import torch
@@ -15,8 +15,8 @@ def magnitude(weight: Tensor, sparsity: float, n_of_m: tuple[int, int] | None = 
 
     Args:
         weight: [out, in].
-        sparsity: share of weights to remove, in [0, 1).
-        n_of_m: keep N of every M neighbours in a row.
+        sparsity: fraction of weights to remove, in [0, 1).
+        n_of_m: keep N of every M consecutive weights in a row.
 
     Returns:
         (float32 pruned weight [out, in], bool mask [out, in], True = kept).

@@ -5,13 +5,15 @@ H = XXᵀ and U the upper Cholesky factor of the damped H⁻¹ (so that U[j, j:]
 not yet visited, up to the factor U[j, j]; section 3.2), removing weight w at column j
 
     costs   ε = w² / U[j, j]²                          (eq. 3, the score by which the mask is chosen)
-    and     w_k ← w_k − (w / U[j, j]) · U[j, k], k ≥ j  (eq. 4, repairs the weights not yet visited)
+    and     w_k ← w_k − (w / U[j, j]) · U[j, k], k ≥ j  (eq. 4, adjusts the weights not yet visited)
 
-The mask is chosen for `block_size` columns at a time (algorithm 1), for N:M per group of M columns when the first of them
-is reached. Updates within a block of columns are applied at once, those behind it in one matrix product.
+The mask is chosen for `block_size` columns at a time (algorithm 1), or with an N:M pattern for each group of M columns when
+the first of them is reached. Updates within a block of columns are applied immediately, those to later columns in one matrix
+product.
 
-Unlike the public reference: exactly `pruned_count(sparsity, numel)` weights are removed, whatever the ties; a Hessian
-that is not positive definite is damped more, said aloud, or refused. All arithmetic is float32.
+Unlike in the public reference implementation, exactly `pruned_count(sparsity, numel)` weights are removed, even if scores are
+tied, and a Hessian that is not positive definite is damped more strongly, which is logged, or else rejected. All arithmetic is
+float32.
 """
 
 import torch
@@ -20,19 +22,19 @@ from torch import Tensor
 from components.core.mask.mask import pruned_count
 from components.core.progress import log
 
-DAMPING_TRIES = 3  # each ten times stronger
+DAMPING_TRIES = 3  # each with ten times the damping of the one before
 
 
 def inverse_factor(hessian: Tensor, damping: float, what: str) -> Tensor:
     """Upper Cholesky factor U of the inverse of the damped Hessian, H⁻¹ = UᵀU.
 
     Args:
-        hessian: float32 [in, in], its diagonal positive.
-        damping: share of the mean diagonal to add to the diagonal.
+        hessian: float32 [in, in] with a positive diagonal.
+        damping: fraction of the diagonal's mean to add to the diagonal.
         what: the layer's name, for messages.
 
     Raises:
-        ValueError: not positive definite even with the strongest damping tried.
+        ValueError: the Hessian is not positive definite even with the strongest damping tried.
     """
     upper: Tensor
     for attempt in range(DAMPING_TRIES):
@@ -66,9 +68,9 @@ def sparsegpt(
 
     Args:
         weight: [out, in].
-        hessian: float32 [in, in], of the inputs.
-        sparsity: share of weights to remove, in [0, 1).
-        n_of_m: keep N of every M neighbours in a row, instead of choosing over the whole block of columns.
+        hessian: float32 [in, in], computed from the layer's inputs.
+        sparsity: fraction of weights to remove, in [0, 1).
+        n_of_m: keep N of every M consecutive weights in a row, instead of choosing across the whole block of columns.
         damping: see `inverse_factor`.
         block_size: columns whose mask is chosen together; a multiple of M.
         what: the layer's name, for messages.
@@ -82,7 +84,7 @@ def sparsegpt(
     weight = weight.detach().float().clone()
     hessian = hessian.clone()
     rows, columns = weight.shape
-    dead = hessian.diagonal() == 0  # inputs that are always zero: their weights do nothing
+    dead = hessian.diagonal() == 0  # inputs that are always zero: their weights have no effect
     hessian.diagonal()[dead] = 1
     weight[:, dead] = 0
     factor = inverse_factor(hessian, damping, what)
@@ -106,7 +108,7 @@ def sparsegpt(
                 scores = (block[:, group] / local.diagonal()[group]).square()
                 lowest = scores.topk(n_of_m[1] - n_of_m[0], dim=1, largest=False, sorted=False).indices
                 block_kept[:, group] = block_kept[:, group].scatter(1, lowest, False)
-            pruned = torch.where(block_kept[:, column], 0, block[:, column])  # [rows]: what is taken away
+            pruned = torch.where(block_kept[:, column], 0, block[:, column])  # [rows]: the values to remove
             error = pruned / local[column, column]
             block[:, column:] -= error[:, None] * local[column, column:]
             block[:, column].masked_fill_(~block_kept[:, column], 0)  # exactly zero, whatever the rounding

@@ -1,4 +1,4 @@
-"""The walk over the model: calibrate, prune and run each block in turn, then check, measure and save."""
+"""The prune stage: calibrate, prune and run each block in turn, then check, measure and save the model."""
 
 import time
 from dataclasses import asdict
@@ -31,11 +31,11 @@ from components.prune.structure import check_blocks, find_blocks, linears
 
 
 def run(config: PruneConfig) -> StageRecord:
-    """Prune a checkpoint and write the sparse one with its mask and record.
+    """Prune a checkpoint and write the sparse checkpoint with its mask and record.
 
     Raises:
-        ValueError: a setting does not fit the model or the text; before any heavy work.
-        SparsityError: the result is not what was asked for.
+        ValueError: a setting does not fit the model or the text; raised before any expensive work.
+        SparsityError: the result is not finite, not zero outside its mask, or does not have the requested sparsity.
     """
     watch = Stopwatch()
     config.check_environment()
@@ -80,7 +80,7 @@ def run(config: PruneConfig) -> StageRecord:
 
 
 def check_model(config: PruneConfig, folder: Path) -> None:
-    """Check model, lengths and disk before weights are read. Raises ValueError."""
+    """Check the model, sequence lengths and free disk space before weights are read. Raises ValueError."""
     model_config = check_checkpoint("dense_model", folder, config.trust_remote_code)
     check_dense("dense_model", folder, model_config)
     check_seq_len("seq_len", config.seq_len, model_config)
@@ -100,7 +100,7 @@ def prune_model(model: Any, ids: Tensor, config: PruneConfig) -> tuple[Mask, lis
         config: the stage's settings.
 
     Returns:
-        (mask, one entry a linear layer: name, block, linear, sparsity, relative_error, seconds).
+        (mask, one entry per linear layer: name, block, linear, sparsity, relative_error, seconds).
     """
     name, blocks = find_blocks(model)
     batches = capture(model, blocks, ids)
@@ -117,7 +117,7 @@ def prune_model(model: Any, ids: Tensor, config: PruneConfig) -> tuple[Mask, lis
 def _prune_block(
     block: nn.Module, batches: list[Batch], index: int, prefix: str, config: PruneConfig
 ) -> list[tuple[str, Tensor, dict[str, Any]]]:
-    """Prune one block's linears and move the calibration activations behind it."""
+    """Prune one block's linear layers and advance the calibration activations through it."""
     pruned: list[tuple[str, Tensor, dict[str, Any]]] = []
     n_of_m = parse_pattern(config.pattern)
     hessian_of = hessians(block, batches, index, prefix)
@@ -154,7 +154,7 @@ def _prune_block(
 
 @torch.no_grad()
 def relative_error(dense: Tensor, sparse: Tensor, hessian: Tensor) -> float:
-    """‖WX − ŴX‖² / ‖WX‖² from the Hessian XXᵀ [in, in]; weights [out, in]."""
+    """‖WX − ŴX‖² / ‖WX‖², computed from the Hessian XXᵀ [in, in]; weights [out, in]."""
     dense = dense.float()
     change = sparse - dense
     moved = torch.einsum("oi,oi->", change @ hessian, change)

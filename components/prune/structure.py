@@ -1,18 +1,18 @@
-"""Find what is pruned, by structure: the decoder's list of blocks and the `nn.Linear` layers inside them."""
+"""Find the layers to prune by structure: the decoder's list of blocks and the `nn.Linear` layers inside them."""
 
 from torch import nn
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks: the outermost `nn.ModuleList` whose every entry holds `nn.Linear` layers.
+    """The list of decoder blocks: the outermost `nn.ModuleList` in which every entry contains `nn.Linear` layers.
 
-    Among several (a vision tower beside a decoder) the one with the most weights in linears is taken.
+    If there are several (a vision tower beside a decoder), the one with the most weights in linear layers is used.
 
     Returns:
         (its name in the model, the list).
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such list.
     """
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -29,21 +29,21 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """Name within the block → linear layer, in the order of definition."""
+    """Name within the block → linear layer, in definition order."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
 def check_blocks(name: str, blocks: nn.ModuleList, group: int = 1) -> None:
-    """Check that pruning the linears prunes the blocks, and that their rows divide into groups.
+    """Check that all weight matrices are in linear layers, and that their rows divide evenly into groups.
 
     Args:
         name: the list's name in the model, for messages.
         blocks: the decoder blocks.
-        group: M of a pattern N:M.
+        group: M of an N:M pattern.
 
     Raises:
-        ValueError: a block holds a weight matrix outside `nn.Linear` (fused experts, Conv1D), which would stay dense in
-            silence; or a linear's input is not a multiple of `group`.
+        ValueError: a block has a weight matrix outside `nn.Linear` (fused experts, Conv1D), which would silently stay dense, or
+            a layer's input width is not a multiple of `group`.
     """
     for index, block in enumerate(blocks):
         weights = {id(layer.weight) for layer in linears(block).values()}

@@ -12,15 +12,15 @@ from components.core.storage import check_place
 
 @dataclass(frozen=True, kw_only=True)
 class PublishSettings(Settings):
-    """Where to publish, and what a model must hold to be published."""
+    """Where to publish, and which limits a model must meet."""
 
     publish_to: str = ""
-    """Place that holds the versions: gs://, s3:// or minio:// with bucket and prefix, or an absolute folder; empty = publish
-    nothing, only hold the gate."""
+    """Place for the versions: gs://, s3:// or minio:// with bucket and prefix, or an absolute folder; empty = only check the
+    quality gate, publish nothing."""
     version: str = ""
-    """Name of the version; empty = from the content, so that the same models are recognised."""
+    """Name of the version; empty = derived from the content, so that the same models get the same version."""
     max_ppl_ratio: float = 0.0
-    """Refuse to publish if a model's perplexity is above so many times the dense one's; 0 = no limit."""
+    """Refuse to publish if a model's perplexity is more than this many times the dense model's; 0 = no limit."""
     min_sparsity: float = 0.0
     """Refuse to publish if a model's sparsity is below this share; 0 = no limit."""
     registry: str = ""
@@ -40,7 +40,7 @@ class PublishSettings(Settings):
             raise ValueError(f"publish_to must be given for a registry, got {self.publish_to!r}")
         if self.registry:
             if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", self.registry):
-                shown = self.registry.rsplit("@", 1)[-1]  # what stands before may be a password
+                shown = self.registry.rsplit("@", 1)[-1]  # what comes before may contain a password
                 raise ValueError(f"registry must be an http:// or https:// address without user and password, got {shown!r}")
             check_not_empty("registry_model", self.registry_model)
         elif self.registry_model:
@@ -49,12 +49,12 @@ class PublishSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class PublishConfig(PublishSettings):
-    """Upload models and their report as one immutable version, and point `latest.json` at it; the gate comes first."""
+    """Check the quality gate, upload models and report as one immutable version, and point `latest.json` at it."""
 
     models: list[str]
-    """Checkpoints to publish, folders with a compression.json."""
+    """Checkpoints to publish: folders with a compression.json."""
     summary_dir: str
-    """Folder of the report stage: report.html, summary.json."""
+    """Output folder of the report stage, with report.html and summary.json."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,5 +75,5 @@ class PublishConfig(PublishSettings):
 
 
 def is_version(name: str) -> bool:
-    """Whether a name can stand in a place, beside the pointer."""
+    """Whether a name is valid in a place and differs from that of the pointer."""
     return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)) and name != "latest.json"

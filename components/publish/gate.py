@@ -1,7 +1,7 @@
-"""What is known of the models to publish, and whether it is good enough. Nothing is measured here.
+"""What is known about the models to publish, and whether they are good enough. Nothing is measured here.
 
-A model's history tells its own perplexity and sparsity, and the dense model's perplexity before pruning. Two
-perplexities are compared only if they were measured on the same text. A limit whose number is unknown is not met.
+A model's history gives its own perplexity and sparsity, and the dense model's perplexity before pruning. Two
+perplexities are compared only if they were measured on the same text. A limit on an unknown number is not met.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 from components.core.files import read_json
 from components.core.history import HISTORY_FILE
 
-# each layer loses a whole number of weights: a model pruned to 0.7 may have 0.6999995
+# each layer loses a whole number of weights, so a model pruned to 0.7 may have 0.6999995
 ROUNDING = 1e-4
 
 
@@ -22,13 +22,13 @@ class Candidate:
     """A model to publish.
 
     Attributes:
-        name: its folder in the version: the format, such as `int8`; for one that is not quantized, the stage.
+        name: its folder in the version: the format, such as `int8`, or the stage if it is not quantized.
         folder: the checkpoint.
         source: `model_id` and `revision` of the dense model.
         perplexity: the model's own; None if it was not measured.
-        dense_perplexity: the dense model's on the same text; None if it was not measured there.
+        dense_perplexity: the dense model's on the same text; None if it was not measured on that text.
         sparsity: share of weights that are zero; None if it was not measured, or the integrity check failed.
-        bytes: its weights on disk.
+        bytes: size of its weights on disk.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Candidate:
     bytes: float | None
 
     def ppl_ratio(self) -> float | None:
-        """Perplexity over the dense model's."""
+        """The perplexity divided by the dense model's; None if either is unknown."""
         return self.perplexity / self.dense_perplexity if self.perplexity and self.dense_perplexity else None
 
 
@@ -48,7 +48,7 @@ def read_candidate(folder: str) -> Candidate:
     """Read a checkpoint's history.
 
     Raises:
-        ValueError: it is none of ours, or what was done last has no usable name.
+        ValueError: the history was not written by these stages, or its last step has no usable name.
     """
     path = Path(folder) / HISTORY_FILE
     history = read_json(path)
@@ -89,23 +89,23 @@ def check_gate(candidates: list[Candidate], max_ppl_ratio: float, min_sparsity: 
 
     Args:
         candidates: the models.
-        max_ppl_ratio: largest perplexity over the dense model's; 0 = no limit.
+        max_ppl_ratio: largest ratio of perplexity to the dense model's; 0 = no limit.
         min_sparsity: smallest share of zeros; 0 = no limit.
 
     Raises:
-        ValueError: some are not met, or their numbers unknown; names all of them.
+        ValueError: some limits are not met, or their numbers are unknown; the message lists all of them.
     """
     failures = [
         f"{candidate.name}: {failure}"
         for candidate in candidates
-        for failure in (_too_perplexed(candidate, max_ppl_ratio), _too_dense(candidate, min_sparsity))
+        for failure in (_perplexity_failure(candidate, max_ppl_ratio), _sparsity_failure(candidate, min_sparsity))
         if failure
     ]
     if failures:
         raise ValueError("nothing is published, the gate failed; " + "; ".join(failures))
 
 
-def _too_perplexed(candidate: Candidate, limit: float) -> str | None:
+def _perplexity_failure(candidate: Candidate, limit: float) -> str | None:
     ratio = candidate.ppl_ratio()
     if not limit or (ratio is not None and ratio <= limit):
         return None
@@ -116,7 +116,7 @@ def _too_perplexed(candidate: Candidate, limit: float) -> str | None:
     return f"{rule}, and {missing} was not measured"
 
 
-def _too_dense(candidate: Candidate, limit: float) -> str | None:
+def _sparsity_failure(candidate: Candidate, limit: float) -> str | None:
     sparsity = candidate.sparsity
     if not limit or (sparsity is not None and sparsity >= limit - ROUNDING):
         return None

@@ -1,8 +1,8 @@
-"""Kubeflow Model Registry: each model becomes a version there, whose only artifact names the model's place.
+"""Kubeflow Model Registry: each model becomes a version whose only artifact gives the model's place.
 
-A registered version never changes. Every step looks before it writes, so that a registration that broke off is completed
-by the next one; the client's own `register_model` would refuse the version that is half there. The client is 0.3.14,
-the last to speak v1alpha3; later ones speak v1, which the registries that are in use do not have yet.
+A registered version never changes. Every step checks what exists before it writes, so that the next run completes an
+interrupted registration; the client's own `register_model` would refuse a half-registered version. The client is 0.3.14,
+the last to use the v1alpha3 API; later ones use v1, which deployed registries do not support yet.
 """
 
 import asyncio
@@ -12,20 +12,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# the client's own variable: a token stands neither in a setting, which is recorded, nor on a command line
+# the client's own variable: a token must not be in a setting, which is recorded, or on a command line
 TOKEN_PATH = "KF_PIPELINES_SA_TOKEN_PATH"
-FORMAT = "huggingface"  # KServe's name of checkpoints that transformers loads
+FORMAT = "huggingface"  # KServe's name for checkpoints that transformers can load
 
 
 class Registry:
-    """A connection to a registry; made before the upload, so that a wrong address costs nothing.
+    """A connection to a registry, opened before the upload so that a wrong address is found early.
 
     Args:
         server: address, http:// or https://.
         model: name of the registered model.
 
     Raises:
-        OSError: the token's file cannot be read, or the registry does not answer.
+        OSError: the token file cannot be read, or the registry does not answer.
         ImportError: the client is not installed.
     """
 
@@ -39,10 +39,10 @@ class Registry:
         self.server, self.model = server.rstrip("/"), model
         self.client: Any = ModelRegistryAPIClient(Configuration(host=self.server, access_token=token))
         with self._named():
-            asyncio.run(self.client.get_registered_models(ListOptions(limit=1)))  # tells a wrong address or token at once
+            asyncio.run(self.client.get_registered_models(ListOptions(limit=1)))  # fails early on a wrong address or token
 
     def register(self, version: str, uri: str, properties: dict[str, Any]) -> None:
-        """Register a published model, or see that it is.
+        """Register a published model, unless it already is.
 
         Args:
             version: name of the version, unique for the model.
@@ -51,7 +51,7 @@ class Registry:
 
         Raises:
             OSError: the registry refused or did not answer.
-            ValueError: the version is registered with another place.
+            ValueError: the version is already registered with another place.
         """
         with self._named():
             asyncio.run(self._register(version, uri, properties))
@@ -73,13 +73,13 @@ class Registry:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Turn what the client raises into one error that names the server."""
+        """Turn the client's exceptions into one error that names the server."""
         from aiohttp import ClientError
         from mr_openapi.exceptions import ApiException
 
         try:
             yield
-        except ApiException as error:  # its text has all headers and the body
+        except ApiException as error:  # its own text includes all headers and the body
             raise OSError(f"the registry {self.server} answered {error.status} {error.reason}") from error
         except (ClientError, TimeoutError) as error:
             raise OSError(f"the registry {self.server} does not answer: {error}") from error

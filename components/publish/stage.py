@@ -1,12 +1,12 @@
-"""Check the gate, upload everything as one version, register it, and move the pointer at the very end.
+"""Check the gate, upload everything as one version, register it, and move the pointer last.
 
     <publish_to>/<version>/<format>/…       the checkpoints
     <publish_to>/<version>/report/…         the report
     <publish_to>/<version>/version.json     what the version holds
     <publish_to>/latest.json                a copy of one version's version.json: the pointer
 
-A version that is complete never changes. Whatever breaks before the end leaves the pointer where it was, and a retry
-goes on from there. Publishing an older version again points back at it.
+A complete version never changes. A failure before the end leaves the pointer unchanged, and a retry continues after the
+last completed step. Publishing an older version again moves the pointer back to it.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ REPORT = "report"
 
 
 def run(config: PublishConfig) -> StageRecord:
-    """Publish models and report.
+    """Publish the models and the report.
 
     Raises:
-        ValueError: a model fails the gate, or the version exists with other content; nothing is uploaded then.
-        OSError: the place or the registry failed; the pointer is where it was.
+        ValueError: a model fails the gate, or the version exists with other content; nothing is uploaded.
+        OSError: the place or the registry failed; the pointer is unchanged.
     """
     watch = Stopwatch()
     config.check_environment()
@@ -45,12 +45,14 @@ def run(config: PublishConfig) -> StageRecord:
     version = place = ""
     if config.publish_to:
         version, place = publish(config, candidates, folders)
-    log(f"published {', '.join(folders)}: {place}" if place else "the gate holds; there is nowhere to publish to")
+        log(f"published {', '.join(folders)}: {place}")
+    else:
+        log("the gate is passed; publish_to is empty, so nothing is published")
     return StageRecord("publish", asdict(config), measure(version, place, candidates) | watch.read(), versions=versions())
 
 
 def publish(config: PublishConfig, candidates: list[Candidate], folders: dict[str, Path]) -> tuple[str, str]:
-    """Upload models that have passed the gate, register them, move the pointer; returns the version and its place."""
+    """Upload models that have passed the gate, register them and move the pointer; returns the version and its place."""
     check_writable("publish_to", config.publish_to)
     registry = Registry(config.registry, config.registry_model) if config.registry else None
     digest = fingerprint(folders)
@@ -58,7 +60,7 @@ def publish(config: PublishConfig, candidates: list[Candidate], folders: dict[st
     place = f"{config.publish_to}/{version}"
     if is_complete(place):
         check_same(place, digest)
-        log(f"published before, with the same content: {place}")
+        log(f"already published with the same content: {place}")
     else:
         upload_version(folders, describe(version, digest, candidates), place)
     if registry:
@@ -69,7 +71,7 @@ def publish(config: PublishConfig, candidates: list[Candidate], folders: dict[st
 
 
 def named_folders(candidates: list[Candidate], summary_dir: Path) -> dict[str, Path]:
-    """The folders of a version by name: models, then report.
+    """Name → folder for the parts of a version: the models, then the report.
 
     Raises:
         ValueError: two models have the same name.
@@ -82,7 +84,7 @@ def named_folders(candidates: list[Candidate], summary_dir: Path) -> dict[str, P
 
 
 def files_of(folders: dict[str, Path]) -> dict[str, Path]:
-    """All files of a version but its description, by their path there."""
+    """All files of a version except its description, by their path within the version."""
     return {
         f"{name}/{file.relative_to(folder).as_posix()}": file
         for name, folder in folders.items()
@@ -92,13 +94,13 @@ def files_of(folders: dict[str, Path]) -> dict[str, Path]:
 
 
 def fingerprint(folders: dict[str, Path]) -> str:
-    """SHA-256 over the names of all files, their sizes and pieces of their content."""
+    """SHA-256 over the names and sizes of all files and samples of their content."""
     files = {path: sample_fingerprint([file]) for path, file in files_of(folders).items()}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def check_same(place: str, digest: str) -> None:
-    """Raise `ValueError` if a complete version holds something else than what is to be published."""
+    """Raise `ValueError` if a complete version differs from what is to be published."""
     try:
         found = json.loads(read_bytes(f"{place}/{VERSION_FILE}"))["digest"]
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
@@ -108,7 +110,7 @@ def check_same(place: str, digest: str) -> None:
 
 
 def upload_version(folders: dict[str, Path], description: dict[str, Any], place: str) -> None:
-    """Upload all folders and the description at once, so that the version is complete or not there."""
+    """Upload all folders and the description together, so that the version is either complete or absent."""
     with tempfile.TemporaryDirectory() as staging:
         for path, file in files_of(folders).items():
             link = Path(staging, path)
@@ -119,18 +121,18 @@ def upload_version(folders: dict[str, Path], description: dict[str, Any], place:
 
 
 def describe(version: str, digest: str, candidates: list[Candidate]) -> dict[str, Any]:
-    """What `version.json` and the pointer say: no date, so that the same content gives the same bytes."""
+    """The content of `version.json` and the pointer, without a date, so that the same models give the same bytes."""
     return {"version": version, "digest": digest, "models": {candidate.name: known(candidate) for candidate in candidates}}
 
 
 def known(candidate: Candidate) -> dict[str, Any]:
-    """The numbers and the origin of a model, those that are known."""
+    """The numbers and the source of a model, as far as they are known."""
     numbers = {name: getattr(candidate, name) for name in ("perplexity", "dense_perplexity", "sparsity", "bytes")}
     return {name: value for name, value in (candidate.source | numbers).items() if value is not None}
 
 
 def measure(version: str, place: str, candidates: list[Candidate]) -> dict[str, Any]:
-    """The record's numbers: the version, where it is, and what the gate looked at."""
+    """The record's measurements: the version, its place, and the numbers that the gate checked."""
     measured: dict[str, Any] = {"version": version, "place": place}
     for candidate in candidates:
         numbers = {"ppl_ratio": candidate.ppl_ratio(), "sparsity": candidate.sparsity}

@@ -1,4 +1,4 @@
-"""The quantize stage from a shell: `python -m components.quantize`."""
+"""Run the quantize stage from a shell: `python -m components.quantize`."""
 
 from components.core.cli import main
 from components.quantize.config import QuantizeConfig

@@ -13,10 +13,10 @@ FORMATS = ("int8", "fp8")
 
 @dataclass(frozen=True, kw_only=True)
 class FormatsSettings(Settings):
-    """What a pipeline quantizes to: one quantize stage for each format, side by side."""
+    """Formats that a pipeline quantizes to, with one quantize stage per format, run in parallel."""
 
     formats: list[str] = field(default_factory=lambda: list(FORMATS))
-    """Formats to quantize to, side by side: int8, fp8."""
+    """Formats to quantize to, in parallel: int8, fp8."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,16 +33,16 @@ class QuantizeSettings(EvalSettings, ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig(QuantizeSettings):
-    """Quantize the weights of the linear layers; embeddings and head keep their format."""
+    """Quantize the weights of the linear layers; embeddings and head are not quantized."""
 
     model_dir: str
     """Folder with the checkpoint to quantize."""
     output_dir: str
-    """Folder to create: the quantized checkpoint and quantize_stats.json."""
+    """Folder to create for the quantized checkpoint and quantize_stats.json."""
     format: str = "int8"
-    """`int8`, or `fp8` (e4m3); both symmetric with one scale a row."""
+    """`int8` or `fp8` (e4m3), both symmetric with one scale per row."""
     mask_file: str = ""
-    """The checkpoint's sparsity mask; without one, the weights that are zero now must stay zero."""
+    """The checkpoint's sparsity mask; without one, the weights that are already zero must stay zero."""
     eval_data: str = WIKITEXT2
     """Corpus spec or tokens folder for perplexity."""
 

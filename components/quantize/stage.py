@@ -1,4 +1,4 @@
-"""Quantize, save, load again as any user would, and check and measure what was loaded."""
+"""Quantize, save, reload as any user would, then check and measure the reloaded model."""
 
 import importlib.util
 from dataclasses import asdict
@@ -27,7 +27,7 @@ def run(config: QuantizeConfig) -> StageRecord:
     """Quantize a checkpoint.
 
     Raises:
-        ValueError: a setting does not fit the model or the text; before any heavy work.
+        ValueError: a setting does not fit the model or the text; raised before any expensive work.
         SparsityError: a weight outside the mask is not zero in the quantized data.
     """
     watch = Stopwatch()
@@ -47,7 +47,7 @@ def run(config: QuantizeConfig) -> StageRecord:
         evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
 
     dtype, cpu = pick_dtype(config.dtype, device), torch.device("cpu")
-    # on the CPU: on a GPU optimum-quanto repacks float8 weights for kernels of its own, and their zeros cannot be seen
+    # on the CPU: on a GPU, optimum-quanto repacks float8 weights for its own kernels, so their zeros cannot be checked
     model = load_model(config.model_dir, dtype, cpu, config.trust_remote_code)
     mask = mask or zeros(model)
     log(f"quantizing to {config.format} with {engine.NAME}")
@@ -72,10 +72,10 @@ def run(config: QuantizeConfig) -> StageRecord:
 
 
 def pick_engine(format: str) -> ModuleType:
-    """optimum-quanto where it is installed; else compressed-tensors, which does int8 only.
+    """optimum-quanto if it is installed, otherwise compressed-tensors, which supports int8 only.
 
     Raises:
-        ValueError: fp8 without optimum-quanto.
+        ValueError: the format is fp8 and optimum-quanto is not installed.
     """
     if importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
         from components.quantize import with_quanto
@@ -90,5 +90,5 @@ def pick_engine(format: str) -> ModuleType:
 
 @torch.no_grad()
 def zeros(model: Any) -> Mask:
-    """The mask of a model's present zeros in what is quantized."""
+    """Mask of the weights that are currently zero in the layers to be quantized."""
     return Mask({name: (weight != 0).cpu() for name, weight in prunable_weights(model).items()})

@@ -1,7 +1,7 @@
-"""INT8 weights by compressed-tensors, for machines without optimum-quanto.
+"""INT8 weights with compressed-tensors, for machines without optimum-quanto.
 
-transformers and the inference servers read the result themselves. Symmetric, one scale a row (the largest magnitude over
-127), so zeros stay zero.
+transformers and inference servers can load the result directly. Quantization is symmetric with one scale per row (the largest
+magnitude over 127), so zeros stay zero.
 """
 
 from pathlib import Path
@@ -34,13 +34,13 @@ class Compressed:
         self.model.save_pretrained(folder)
         self.compressor.update_config(folder)
         config = read_json(folder / "config.json")
-        # the library writes it empty; vLLM refuses a model that has it at all
+        # the library writes an empty entry; vLLM rejects any model that has one
         config["quantization_config"].pop("sparsity_config", None)
         write_json(folder / "config.json", config)
 
 
 def quantize(model: Any, format: str, head: str) -> Compressed:
-    """Quantize all linears but the head to int8, in place."""
+    """Quantize all linear layers except the head to int8, in place."""
     assert format == "int8"
     args = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
@@ -60,7 +60,7 @@ def quantize(model: Any, format: str, head: str) -> Compressed:
 
 
 def stored(module: nn.Module) -> Tensor:
-    """The data of a reloaded linear [out, in]: decompressed on load, integers times a positive scale."""
+    """Weight [out, in] of a reloaded linear layer, decompressed on load: integers times a positive scale."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight

@@ -1,4 +1,4 @@
-"""INT8 and FP8 weights by optimum-quanto: symmetric, one scale a row, zeros stay zero."""
+"""INT8 and FP8 weights with optimum-quanto: symmetric, one scale per row, zeros stay zero."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ QTYPES = {"int8": qint8, "fp8": qfloat8_e4m3fn}
 
 
 class NonzeroScale(AbsmaxOptimizer):
-    """The usual scale, largest magnitude of a row over the format's, but 1 for a row of zeros.
+    """The usual scale, a row's largest magnitude over that of the format, but 1 for a row of zeros.
 
-    Pruning can empty a row; optimum-quanto would divide it by 0, and the NaN that results is stored in FP8.
+    Pruning can zero a whole row; optimum-quanto would divide it by 0 and, in FP8, store the resulting NaN.
     """
 
     def optimize(self, base: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -24,12 +24,12 @@ class NonzeroScale(AbsmaxOptimizer):
 
 
 def quantize(model: Any, format: str, head: str) -> Any:
-    """Quantize all linears but the head, in place; returns what has `save_pretrained`."""
+    """Quantize all linear layers except the head, in place; returns an object with `save_pretrained`."""
     return QuantizedModelForCausalLM.quantize(model, weights=QTYPES[format], optimizer=NonzeroScale(), exclude=head)
 
 
 def stored(module: nn.Module) -> Tensor:
-    """The quantized data of a reloaded linear: int8 or float8 [out, in]."""
+    """The quantized data of a reloaded linear layer: int8 or float8 [out, in]."""
     data = getattr(module.weight, "_data", None)
     assert isinstance(data, Tensor)
     assert data.dtype in (torch.int8, torch.float8_e4m3fn)

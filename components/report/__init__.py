@@ -1,1 +1,1 @@
-"""One HTML page, and the same numbers as JSON, from the records that the other stages left behind."""
+"""One HTML page, and the same numbers as JSON, built from the records of the other stages."""

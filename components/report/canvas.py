@@ -1,7 +1,7 @@
 """How the figures look: SVG that lives inside a page and takes its colours and font from the page's style sheet.
 
-Matplotlib draws with stand-in colours, which are then replaced by CSS variables; so one picture suits a light page, a
-dark one and paper. Text stays text. Nothing depends on the time or on chance: the same data give the same bytes.
+Matplotlib draws with placeholder colours, which are then replaced with CSS variables, so that one figure suits a light page,
+a dark page and paper. Text stays text. The output is deterministic: the same data give the same bytes.
 """
 
 import contextlib
@@ -16,18 +16,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-INK, MUTED, LINE, ACCENT = "#00000a", "#00000b", "#00000c", "#00000d"  # stand-ins that no drawing would use by itself
+INK, MUTED, LINE, ACCENT = "#00000a", "#00000b", "#00000c", "#00000d"  # placeholders that no figure would otherwise use
 SERIES = tuple(f"#00001{digit}" for digit in range(8))
 THEME = {INK: "--ink", MUTED: "--muted", LINE: "--line", ACCENT: "--accent"} | {
     color: f"--series-{index}" for index, color in enumerate(SERIES)
 }
-MARKERS = "osD^vPX*"  # a second cue for who cannot tell the colours apart
-LOG_FROM = 25.0  # from this ratio of largest to smallest on, a linear axis hides the small ones
-WIDTH, ROW_HEIGHT, HEIGHT = 5.0, 0.36, 3.0  # inches, at 72 units an inch
+MARKERS = "osD^vPX*"  # a second cue for readers who cannot tell the colours apart
+LOG_FROM = 25.0  # above this ratio of largest to smallest, a linear axis hides the small values
+WIDTH, ROW_HEIGHT, HEIGHT = 5.0, 0.36, 3.0  # inches, at 72 units per inch
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # names are not formulas: a lone $ is no error
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout on every machine
+    "text.parse_math": False,  # names are not formulas: a lone $ is not an error
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the same layout on every machine
     "font.size": 10.5,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -55,13 +55,13 @@ STYLE: dict[Any, Any] = {
 
 @contextlib.contextmanager
 def house_style(name: str) -> Iterator[None]:
-    """Draw in the report's style; `name` makes the ids of a figure's parts."""
+    """Draw in the report's style; the ids of a figure's parts are derived from `name`."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         yield
 
 
 def bars(name: str, labels: list[str], values: list[float], texts: list[str], colors: list[str], log: bool) -> str:
-    """Horizontal bars with each value, as text, at its end; no axis is needed then. On a log scale they begin at 1."""
+    """Horizontal bars, each labelled with its value, so that no axis is needed. On a log scale they start at 1."""
     start = 1 if log else 0
     with house_style(name):
         figure = Figure(figsize=(WIDTH, 0.3 + ROW_HEIGHT * len(values)), layout="constrained")
@@ -76,12 +76,12 @@ def bars(name: str, labels: list[str], values: list[float], texts: list[str], co
         axes.set_yticks(places, [short(label) for label in labels])
         axes.tick_params(axis="y", labelcolor=INK, labelsize=10.5)
         axes.xaxis.set_visible(False)
-        axes.set_ylim(len(values) - 0.5, -0.5)  # the first on top, each bar as thick in any report
+        axes.set_ylim(len(values) - 0.5, -0.5)  # the first on top, and bars equally thick in every report
         return as_svg(figure, name)
 
 
 def line_axes(x_label: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
-    """An empty figure with whole numbers on its x axis; `height` in inches."""
+    """An empty figure with integer ticks on its x axis; `height` in inches."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(x_label)
@@ -92,7 +92,7 @@ def line_axes(x_label: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
 
 
 def series(lines: dict[str, list[tuple[float, float]]], x_label: str) -> tuple[Figure, Axes]:
-    """One line of (x, y) points for each entry, its name in the legend."""
+    """One line of (x, y) points per entry, named in the legend."""
     figure, axes = line_axes(x_label, HEIGHT + 0.2 * ((len(lines) - 1) // 4))
     for index, (name, points) in enumerate(lines.items()):
         if points:
@@ -114,13 +114,13 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> bool:
 
 
 def short(name: str) -> str:
-    """A name as a label: one line, not too long, no lone surrogates, which font code cannot take."""
+    """A name as a label: on one line, not too long, and without lone surrogates, which font code cannot handle."""
     name = " ".join(name.encode(errors="replace").decode().split())
     return name if len(name) <= 20 else name[:19] + "…"
 
 
 def as_svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element without prologue or metadata, in the page's colours, its ids unique to `name`."""
+    """The figure as an SVG element without prologue or metadata, in the page's colours and with ids unique to `name`."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
         # only the layout uses matplotlib's font; the browser draws the text with its own
@@ -128,7 +128,7 @@ def as_svg(figure: Figure, name: str) -> str:
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
     opening, rest = svg[svg.index("<svg") :].split(">", 1)
-    opening = re.sub(r'\s(xmlns(:xlink)?|version|width|height)="[^"]*"', "", opening)  # the style sheet gives the size
+    opening = re.sub(r'\s(xmlns(:xlink)?|version|width|height)="[^"]*"', "", opening)  # the style sheet sets the size
     rest = re.sub(r'\bid="', f'id="{name}-', rest)
     rest = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", rest)
     rest = re.sub("|".join(THEME), lambda match: f"var({THEME[match[0]]})", rest)

@@ -16,9 +16,9 @@ class ReportConfig(Settings):
     """Write one HTML page about a compressed model from its stages' records."""
 
     records: list[str]
-    """Records of stages (<stage>_stats.json) or folders that hold them, such as checkpoints; each counts once."""
+    """Stage records (<stage>_stats.json) or folders that contain them, such as checkpoints; duplicates count once."""
     output_dir: str
-    """Folder to create: report.html, summary.json."""
+    """Folder to create for report.html and summary.json."""
     title: str = "Model compression report"
     """Heading of the page."""
 
@@ -35,10 +35,10 @@ class ReportConfig(Settings):
 
 
 def record_files(records: list[str]) -> list[Path]:
-    """The files that `records` name, in that order, each once; those of a folder by name.
+    """The files that `records` name, in that order and without duplicates; those in a folder are sorted by name.
 
     Raises:
-        ValueError: no records at all, no such file, or a folder without any.
+        ValueError: `records` is empty, or names a file that does not exist or a folder without records.
     """
     if not records:
         raise ValueError(f"records must name at least one record, got {records}")

@@ -1,6 +1,6 @@
-"""The page: a Jinja2 template filled with what the summary, the records and the plots say.
+"""The page: a Jinja2 template filled from the summary, the records and the plots.
 
-Every value is escaped by the template engine; the SVG of the plots, whose text matplotlib has escaped, is let through.
+The template engine escapes every value except the SVG of the plots, whose text matplotlib has already escaped.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from components.report.plots import Plot
 from components.report.summary import Row, Summary, comparable
 
 TEMPLATE = "page.html.j2"
-TENSORS = 20  # violated ones that are named
+TENSORS = 20  # at most this many violated tensors are listed
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ def render(title: str, source: dict[str, Any], records: list[StageRecord], summa
 
     Args:
         title: heading of the page.
-        source: `model_id` and `revision`, or None for what is not known.
-        records: in the order to be shown.
+        source: `model_id` and `revision`; None if unknown.
+        records: in display order.
         summary: rows and headline.
         plots: figures to show; may be empty.
     """
@@ -106,7 +106,7 @@ def _integrity_card(rows: list[Row]) -> Card:
 
 
 def _notes(row: Row, summary: Summary) -> dict[str, str]:
-    """Small print under a row's numbers: how it compares with the dense model, memory of the GPU."""
+    """Small print under a row's numbers: how it compares with the dense model, and GPU memory."""
     notes = {"perplexity": "", "bytes": "", "memory": ""}
     dense = summary.dense
     if dense and row is not dense:
@@ -120,7 +120,7 @@ def _notes(row: Row, summary: Summary) -> dict[str, str]:
 
 
 def _headings(records: list[StageRecord]) -> list[str]:
-    """What to call each record: its stage, and its format if it is quantized."""
+    """The heading of each record: its stage, followed by the format for quantize."""
     return [
         f"{record.stage} {text.plain(record.parameters.get('format'))}" if record.stage == "quantize" else record.stage
         for record in records
@@ -128,13 +128,13 @@ def _headings(records: list[StageRecord]) -> list[str]:
 
 
 def violated(record: StageRecord) -> dict[str, Any]:
-    """Tensor → what is wrong with it, of a failed sparse integrity check; the first few of many."""
+    """Tensor → what is wrong with it, from a failed sparse integrity check; at most the first `TENSORS`."""
     tensors = (record.sparse_integrity_check or {}).get("tensors")
     return dict(list(tensors.items())[:TENSORS]) if isinstance(tensors, dict) else {}
 
 
 def package_versions(records: list[StageRecord]) -> dict[str, str]:
-    """Package → its version; each version with its stages where the stages differ."""
+    """Package → its version; if the stages differ, each version with its stages."""
     stages: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for record, heading in zip(records, _headings(records), strict=True):
         for package, version in record.versions.items():

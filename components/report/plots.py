@@ -23,12 +23,12 @@ from components.report.canvas import (
 from components.report.summary import Row, Summary, comparable, number
 from components.report.text import large, percent, perplexity, size
 
-POINTS = 400  # of a line; more cannot be seen at this size
+POINTS = 400  # per line; more would not be visible at this size
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure: heading, inline SVG, and one sentence on what is seen."""
+    """A figure: heading, inline SVG and a short caption."""
 
     title: str
     svg: str
@@ -54,7 +54,7 @@ def _perplexities(summary: Summary) -> Plot | None:
         return None
     values = [row.perplexity or 0.0 for row in rows]
     log = min(values) >= 1 and max(values) / min(values) > LOG_FROM
-    caption = "Lower is better." + (" Logarithmic scale from 1, the least possible." if log else "")
+    caption = "Lower is better." + (" Logarithmic scale from 1, the lowest possible value." if log else "")
     if len(rows) < len(measured):
         others = ", ".join(row.name for row in measured if row not in rows)
         caption += f" Measured on another text, so not shown: {others}."
@@ -156,7 +156,7 @@ def _sparsities(layers: dict[str, list[dict[str, Any]]], name: str) -> Plot | No
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         svg = as_svg(figure, name)
     low, high = percent(min(values)), percent(max(values))
-    spread = f"{low} in every one" if low == high else f"from {low} to {high}"
+    spread = f"{low} in every layer" if low == high else f"from {low} to {high}"
     return Plot("Sparsity by layer", svg, f"Share of zeros in each of {large(len(values))} layers, by block: {spread}.")
 
 
@@ -166,7 +166,7 @@ def _entries(record: StageRecord, name: str) -> list[dict[str, Any]]:
 
 
 def _points(entries: list[dict[str, Any]], x: str, y: str) -> list[tuple[float, float]]:
-    """(x, mean of y) by x, of the entries that have both: a block may hold several layers of one kind (experts)."""
+    """(x, mean of y), sorted by x, of the entries that have both: a block may have several layers of one kind (experts)."""
     found: dict[float, list[float]] = defaultdict(list)
     for entry in entries:
         place, value = number(entry.get(x)), number(entry.get(y))
@@ -183,7 +183,7 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _by_kind(layers: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Group layers by their linear's name without numbers; its last part alone where that is clear."""
+    """Group layers by their linear's name without numbers, shortened to its last part where that is unambiguous."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for layer in layers:
         parts = [part for part in str(layer.get("linear", "linear")).split(".") if not part.isdigit()]

@@ -1,4 +1,4 @@
-"""Load the records, put them in order, write the page and its numbers."""
+"""Load and sort the records, then write the page and its numbers."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ def run(config: ReportConfig) -> StageRecord:
     """Write `report.html` and `summary.json`.
 
     Raises:
-        ValueError: a file is no record.
+        ValueError: a file is not a record.
     """
     watch = Stopwatch()
     config.check_environment()
@@ -27,7 +27,7 @@ def run(config: ReportConfig) -> StageRecord:
     source = find_source(records, files)
     page = render(config.title, source, records, summary, draw(records, summary))
     with new_directory(config.output_dir) as scratch:
-        # a lone surrogate in some record must not cost the whole page
+        # a lone surrogate in one record must not prevent the page from being written
         (scratch / REPORT_PAGE).write_text(page, encoding="utf-8", errors="replace")
         write_json(scratch / REPORT_SUMMARY, {"title": config.title, **source, **summary.as_json()})
     log(f"report of {len(records)} records: {Path(config.output_dir) / REPORT_PAGE}")
@@ -35,10 +35,10 @@ def run(config: ReportConfig) -> StageRecord:
 
 
 def load(files: list[Path]) -> list[StageRecord]:
-    """Read records; one that travelled in two folders counts once.
+    """Read records; copies of one record in several folders count once.
 
     Raises:
-        ValueError: a file is no record, or a part of it has the wrong type; names both.
+        ValueError: a file is not a record, or a field has the wrong type; the message names both.
     """
     records: list[StageRecord] = []
     for file in files:
@@ -56,9 +56,10 @@ def load(files: list[Path]) -> list[StageRecord]:
 
 
 def find_source(records: list[StageRecord], files: list[Path]) -> dict[str, Any]:
-    """`model_id` and `revision` of the dense model; None where nothing says so.
+    """`model_id` and `revision` of the dense model; None if unknown.
 
-    The fetch record knows both. Without it, a checkpoint's history beside a record does; at last, what prune was given.
+    They come from the fetch record, otherwise from a checkpoint's history next to a record; failing both, the model that
+    prune was given is named.
     """
     known = [record.parameters for record in records if record.stage == "fetch"]
     known += [read_history(file.parent)["source"] for file in files if (file.parent / HISTORY_FILE).is_file()]

@@ -1,6 +1,6 @@
-"""What the report says in numbers: one row for each model or stage, and the headline.
+"""The report's numbers: one row per model or stage, and the headline.
 
-Whatever a record lacks stays None. Two perplexities are compared only if they were measured on the same text.
+Whatever a record lacks is None. Two perplexities are compared only if they were measured on the same text.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,12 +18,12 @@ class Row:
     """One line of the table.
 
     Attributes:
-        name: `dense`, `pruned`, `distilled`, a format such as `int8`, or another stage's own name; unique in a report.
+        name: `dense`, `pruned`, `distilled`, a format such as `int8`, or the name of another stage; unique in a report.
         stage: the stage that measured it.
         perplexity_text: fingerprint of the text behind `perplexity`.
         sparsity: share of weights that are zero, in [0, 1].
-        bytes: the weights on disk.
-        seconds, peak_memory_bytes, peak_gpu_memory_bytes: what the stage took.
+        bytes: size of the weights on disk.
+        seconds, peak_memory_bytes, peak_gpu_memory_bytes: what the stage used.
         integrity: `passed`, `violations`, `max_abs` of the stage's sparse integrity check.
     """
 
@@ -44,8 +44,8 @@ class Summary:
     """Rows in the order of the pipeline, and which of them the headline is about.
 
     Attributes:
-        dense: the model that the run began with.
-        final: the smallest quantized model, else the last sparse one.
+        dense: the model that the run started from.
+        final: the smallest quantized model, otherwise the last sparse one.
     """
 
     rows: list[Row]
@@ -53,20 +53,20 @@ class Summary:
     final: Row | None
 
     def compression_ratio(self) -> float | None:
-        """Bytes of the dense model for each byte of the smallest quantized one."""
+        """Size of the dense model divided by that of the smallest quantized one."""
         if self.dense and self.final and self.final.stage == "quantize" and self.dense.bytes and self.final.bytes:
             return self.dense.bytes / self.final.bytes
         return None
 
     def sparse(self) -> Row | None:
-        """The final model if its sparsity was measured, else the last one before it that has one."""
+        """The final model if its sparsity was measured, otherwise the last pruned or distilled one with a sparsity."""
         if self.final and self.final.sparsity is not None:
             return self.final
         known = [row for row in self.rows if row.stage in ("prune", "distill") and row.sparsity is not None]
         return known[-1] if known else None
 
     def measured(self) -> dict[str, float]:
-        """The headline as scalars: `compression_ratio`, `sparsity`, `perplexity_<row>`; those that are known."""
+        """The headline as scalars: `compression_ratio`, `sparsity`, `perplexity_<row>`; only known ones."""
         sparse = self.sparse()
         scalars = {"compression_ratio": self.compression_ratio(), "sparsity": sparse.sparsity if sparse else None}
         scalars |= {f"perplexity_{row.name}": row.perplexity for row in self.rows}
@@ -78,7 +78,7 @@ class Summary:
 
 
 def order(records: list[StageRecord]) -> list[StageRecord]:
-    """Sort records by the pipeline: fetch, prune, distill, quantize by format, then others as they were given."""
+    """Sort records by the pipeline: fetch, prune, distill, quantize by format, then others in the given order."""
 
     def key(record: StageRecord) -> tuple[int, str]:
         position = ORDER.index(record.stage) if record.stage in ORDER else len(ORDER)
@@ -88,12 +88,12 @@ def order(records: list[StageRecord]) -> list[StageRecord]:
 
 
 def summarize(records: list[StageRecord]) -> Summary:
-    """Make the rows from ordered records; the dense model's perplexity is the one that prune measured beforehand."""
+    """Build the rows from ordered records; the dense model's perplexity is what prune measured before pruning."""
     rows: list[Row] = []
     prune = next((record for record in records if record.stage == "prune"), None)
     before = _perplexity(prune, "perplexity_before") if prune else {}
     if before and not any(record.stage == "fetch" for record in records):
-        rows.append(Row(name="dense", stage="prune", **before))  # no fetch: its other columns are unknown
+        rows.append(Row(name="dense", stage="prune", **before))  # without a fetch record, the other columns are unknown
     for record in records:
         measured = _perplexity(record, "perplexity")
         perplexity = measured or before if record.stage == "fetch" else measured
@@ -103,7 +103,7 @@ def summarize(records: list[StageRecord]) -> Summary:
 
 
 def comparable(row: Row, other: Row) -> bool:
-    """Whether both rows have a perplexity and both are of the same text."""
+    """Whether both rows have a perplexity, measured on the same text."""
     return None not in (row.perplexity, other.perplexity) and row.perplexity_text == other.perplexity_text
 
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them. What is not known is a dash, never a guess."""
+"""Format numbers for people. What is unknown becomes a dash."""
 
 import json
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from components.report.summary import number
 
 DASH = "–"
-UNITS = ("B", "kB", "MB", "GB", "TB")  # powers of 1000, as disks and the hub count
+UNITS = ("B", "kB", "MB", "GB", "TB")  # powers of 1000, as for disks and on the hub
 
 
 def perplexity(value: float | None) -> str:
-    """`29.60`, or `1,234` where decimals say nothing."""
+    """`29.60`, or `1,234` where decimals do not matter."""
     if value is None:
         return DASH
     if value >= 1e7:
@@ -24,13 +24,13 @@ def percent(value: float | None) -> str:
 
 
 def change(value: float, reference: float) -> str:
-    """`+12.3%` or `−4.0%` of `reference`, which is above zero; `×12` from tenfold on."""
+    """The change from a positive `reference` as `+12.3%` or `−4.0%`, or as `×12` from tenfold on."""
     ratio = value / reference
     return f"×{ratio:,.0f}" if ratio >= 10 else f"{ratio - 1:+.1%}".replace("-", "−")
 
 
 def size(value: float | None) -> str:
-    """Bytes as `538 MB`, three digits."""
+    """Bytes as `538 MB`, with three significant digits."""
     if value is None:
         return DASH
     power = 0
@@ -60,7 +60,7 @@ def large(value: float | None) -> str:
 
 
 def plain(value: Any) -> str:
-    """Any value of a record: text as it is, numbers in at most six digits, the rest as JSON."""
+    """Any value of a record: text as it is, floats with at most six significant digits, the rest as JSON."""
     if value is None or value == "":
         return DASH
     if isinstance(value, str):
@@ -71,7 +71,7 @@ def plain(value: Any) -> str:
 
 
 def measure(name: str, value: Any) -> str:
-    """A measured value in the unit that its name tells."""
+    """A measured value in the unit that its name implies."""
     known = number(value)
     if name == "perplexity_text" and isinstance(value, str):
         return value[:12] + "…"  # enough of a fingerprint to compare by eye

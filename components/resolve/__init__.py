@@ -1,1 +1,1 @@
-"""Name the exact versions of model and text, without fetching them."""
+"""Find the exact versions of the model and the texts without downloading them."""

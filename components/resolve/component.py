@@ -9,7 +9,7 @@ from components.images import launcher_pod
 def resolve(model_id: str, train_data: str, eval_data: str) -> NamedTuple(
     "Versions", model_id=str, model_revision=str, train_revision=str, eval_revision=str
 ):
-    """Name the commits of model and texts."""
+    """Find the commits of the model and the texts."""
     from components.core.settings import configure
     from components.resolve.config import ResolveConfig
     from components.resolve.stage import run

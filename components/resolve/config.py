@@ -9,7 +9,7 @@ from components.core.settings import TextSettings
 
 @dataclass(frozen=True, kw_only=True)
 class ResolveConfig(TextSettings):
-    """Name the commit of a model and of its texts, so that later stages run again only if one of them has changed."""
+    """Find the commits of a model and its texts, so that later stages run again only if one of them has changed."""
 
     model_id: str
     """The model: hub id with optional @revision, folder, or builtin:smollm2-135m."""

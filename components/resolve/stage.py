@@ -1,4 +1,4 @@
-"""Ask the hub, or look at the files."""
+"""Query the hub, or fingerprint the local files."""
 
 from dataclasses import asdict
 
@@ -9,10 +9,10 @@ from components.resolve.config import ResolveConfig
 
 
 def run(config: ResolveConfig) -> StageRecord:
-    """Name model_id, model_revision, train_revision and eval_revision, in the record's measurements.
+    """Find model_id, model_revision, train_revision and eval_revision; the record's measurements hold them.
 
     Raises:
-        ValueError: a model or dataset does not exist, is gated, or the hub cannot be reached.
+        ValueError: a model or dataset does not exist or is gated, or the hub cannot be reached.
     """
     config.check_environment()
     result = StageRecord("resolve", asdict(config))

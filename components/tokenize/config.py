@@ -9,7 +9,7 @@ from components.core.settings import CalibrationSettings, CodeSettings, EvalBloc
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeSettings(TextSettings, CalibrationSettings, EvalBlockSettings, CodeSettings):
-    """Which texts are cut, and how."""
+    """Which texts are cut into blocks, and how."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +19,11 @@ class TokenizeConfig(TokenizeSettings):
     model_dir: str
     """Folder with the tokenizer."""
     output_dir: str
-    """Folder to create: tokens.safetensors."""
+    """Folder to create for tokens.safetensors."""
     train_revision: str = ""
-    """What the resolve stage named for train_data."""
+    """Revision of train_data found by the resolve stage."""
     eval_revision: str = ""
-    """What the resolve stage named for eval_data."""
+    """Revision of eval_data found by the resolve stage."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Cut the three kinds of blocks and write them."""
+"""Cut the calibration, training and evaluation blocks and write them."""
 
 from dataclasses import asdict
 
@@ -12,10 +12,10 @@ from components.tokenize.config import TokenizeConfig
 
 
 def run(config: TokenizeConfig) -> StageRecord:
-    """Tokenize.
+    """Tokenize the texts.
 
     Raises:
-        ValueError: a corpus is empty or too short, or the blocks are longer than the model's positions.
+        ValueError: a corpus is empty or too short, or a block has more tokens than the model has positions.
     """
     watch = Stopwatch()
     config.check_environment()

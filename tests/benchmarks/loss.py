@@ -1,11 +1,11 @@
-"""Memory and time of the distillation loss against the plain way: whole logits, log_softmax, autograd.
+"""Memory and time of the distillation loss compared with the naive one: full logits, log_softmax, autograd.
 
     python tests/benchmarks/loss.py --tokens 2048 --vocabulary 151936 --width 1024 --repeats 3
 
-Each variant runs in processes of its own, one a repeat, in turn, so that a drifting machine touches both. Memory is what
-the loss and its backward pass add to the highest resident set (ru_maxrss), after a warm-up on a few tokens; the heads and
-hidden states are there before. Both are float32 on the CPU and use the same random numbers. Exits with 1 if the chunked
-loss needs more than 0.20 of the memory or 1.3 of the time, or differs by more than 1e-5 in value or gradient.
+The variants take turns, each repeat in a new process, so that drift of the machine affects both. Memory is what the loss
+and its backward pass add to the peak resident set size (ru_maxrss) after a warm-up on a few tokens; the heads and hidden
+states are allocated before. Both are float32 on the CPU and use the same random numbers. Exits with 1 if the chunked loss
+needs more than 0.20 times the memory or 1.3 times the time, or differs by more than 1e-5 in value or gradient.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def naive_loss(
     alpha_kd: float,
     temperature: float,
 ) -> Tensor:
-    """The loss as one would write it down, for hidden states [tokens, width] and labels [tokens]."""
+    """The naive loss, for hidden states [tokens, width] and labels [tokens]."""
     student = student_head(student_hidden)  # [tokens, vocabulary]
     with torch.no_grad():
         teacher = teacher_head(teacher_hidden)  # [tokens, vocabulary]
@@ -70,13 +70,13 @@ def problem(tokens: int, vocabulary: int, width: int) -> tuple[Tensor, nn.Linear
 
 
 def resident() -> int:
-    """Bytes in memory now."""
+    """Resident memory of this process, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
 def measure(variant: str, arguments: argparse.Namespace) -> None:
-    """Measure one variant in this process; prints bytes, seconds and the loss, and saves the gradient."""
+    """Measure one variant in this process; print bytes, seconds and the loss, and save the gradient."""
     warm = problem(2, 64, 16)
     loss_of(variant, *warm, arguments.temperature).backward()
     work = problem(arguments.tokens, arguments.vocabulary, arguments.width)
@@ -94,7 +94,7 @@ def measure(variant: str, arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> bool:
-    """Run both variants in turn, print a table, and tell whether the goals are met."""
+    """Run both variants in turn, print a table, and return whether the goals are met."""
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
     for _ in range(arguments.repeats):
         for variant in VARIANTS:
@@ -123,7 +123,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> bool:
 
 
 def main() -> None:
-    """Read the command line; measure one variant, or compare both."""
+    """Parse the command line; measure one variant, or compare both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("tokens", 2048), ("vocabulary", 151936), ("width", 1024), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -1,10 +1,10 @@
-"""How much of a model's quality distillation brings back: dense, pruned, distilled, and the dense model trained alike.
+"""How much of a model's quality distillation recovers: dense, pruned, distilled, and the dense model trained the same way.
 
     python tests/benchmarks/recovery.py --train_data valid.txt --eval_data test.txt --output_dir /tmp/recovery
 
-Prunes SmolLM2-135M to 70 % on 32 blocks of 512 tokens, distils it under its mask, and trains the dense model in the same
-layers on the same text with the same steps as control, since training on a corpus lowers the perplexity on it whatever
-was recovered. Perplexity is of the first 16 blocks of 512 evaluation tokens.
+Prunes SmolLM2-135M to 70 % on 32 blocks of 512 tokens, distils it under its mask and, as a control, trains the same layers
+of the dense model on the same text for the same number of steps, since training on a corpus lowers the perplexity on it
+even where nothing is recovered. Perplexity is measured on the first 16 evaluation blocks of 512 tokens.
 """
 
 import json
@@ -35,7 +35,7 @@ class RecoveryConfig:
     learning_rate: float = 5e-4
     """Peak learning rate."""
     dtype: str = "float32"
-    """Compute format."""
+    """Number format for the computation."""
     control: bool = True
     """Also train the dense model."""
 
@@ -44,7 +44,7 @@ class RecoveryConfig:
 
 
 def stage(name: str, *flags: str) -> float:
-    """Run a stage as a user would; seconds."""
+    """Run a stage as a user would; return the seconds it took."""
     start = time.monotonic()
     subprocess.run([sys.executable, "-m", f"components.{name}", *flags], check=True)
     return time.monotonic() - start

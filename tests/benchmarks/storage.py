@@ -1,12 +1,12 @@
-"""Time to move a checkpoint to gs:// and back, against one stream: one file after the other by the client library.
+"""Time to move a checkpoint to gs:// and back, compared with one stream: one file after another by the client library.
 
     python tests/benchmarks/storage.py --shards 8 --megabytes 250 --repeats 3
 
-The store is tests/gcs_server.py in processes of its own, on loopback and on the same disk. It is measured twice: with no
-limit, where client and server share the cores of this machine and nothing waits, and with `--stream_limit` megabytes a
-second a connection, as a store that is far away has. Both ways run in turn on the same bytes; what came back is compared.
-Exits with 1 if moving there and back takes more than 0.6 of the time of one stream, with the limit; without it the table
-tells how many cores were busy, and so what is left to win.
+The store is tests/gcs_server.py in separate processes, on loopback and on the same disk. It is measured twice: without a
+limit, where client and server share this machine's cores and nothing waits, and with a limit of `--stream_limit` megabytes
+per second for each connection, as with a remote store. Both ways take turns on the same bytes, and what comes back is
+compared. Exits with 1 if, with the limit, the round trip takes more than 0.6 times as long as one stream. Without the limit,
+the table shows how many cores were busy, and thus how much could still be gained.
 """
 
 import argparse
@@ -32,20 +32,20 @@ STEPS = ("upload", "download")
 
 
 def busy() -> float:
-    """Seconds that all cores together worked since the start of the machine."""
+    """CPU seconds used by all cores together since boot."""
     user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def own() -> float:
-    """Seconds that this process worked."""
+    """CPU seconds used by this process."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
 def timed(work: Callable[[], None]) -> tuple[float, float, float]:
-    """Seconds, busy cores of the machine and busy cores of this process while `work` runs."""
-    os.sync()  # so that what was written before is not paid for here
+    """Seconds that `work` takes, and how many cores the machine and this process keep busy meanwhile."""
+    os.sync()  # so that earlier writes do not count here
     start, machine, client = time.perf_counter(), busy(), own()
     work()
     seconds = time.perf_counter() - start
@@ -53,7 +53,7 @@ def timed(work: Callable[[], None]) -> tuple[float, float, float]:
 
 
 def one_stream(source: Path, target: Path) -> dict[str, Callable[[], None]]:
-    """The plain way: one file after the other."""
+    """The naive way: one file after another."""
     bucket = Client(project=None).bucket("bucket")
     names = sorted(path.name for path in source.iterdir())
 
@@ -70,7 +70,7 @@ def one_stream(source: Path, target: Path) -> dict[str, Callable[[], None]]:
 
 
 def parallel(source: Path, target: Path) -> dict[str, Callable[[], None]]:
-    """The way of this project; checksums of both sides are part of it."""
+    """This project's way, including checksums on both sides."""
     place = "gs://bucket/parallel"
 
     def upload() -> None:
@@ -81,7 +81,7 @@ def parallel(source: Path, target: Path) -> dict[str, Callable[[], None]]:
 
 
 def compare(source: Path, folder: Path, repeats: int, limit: float) -> float:
-    """Run both ways in turn against a new server and print a table; the ratio of their times there and back."""
+    """Run both ways in turn against a new server and print a table; return the ratio of their round-trip times."""
     (folder / "store" / "bucket").mkdir(parents=True)
     line = [sys.executable, str(SERVER), str(folder / "store"), *([str(limit)] if limit else [])]
     found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
@@ -114,7 +114,7 @@ def compare(source: Path, folder: Path, repeats: int, limit: float) -> float:
 
 
 def main() -> None:
-    """Read the command line, write a checkpoint of random bytes, and compare with and without a limit."""
+    """Parse the command line, write a checkpoint of random bytes, and compare with and without a limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("shards", 8), ("megabytes", 250), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -1,9 +1,9 @@
-"""Training speed of a second epoch with and without the cached teacher, on SmolLM2-135M.
+"""Training speed of the second epoch with and without the teacher cache, on SmolLM2-135M.
 
     python tests/benchmarks/teacher_cache.py --student_model pruned --teacher_model dense --output_dir /tmp/cache
 
-Each round runs the variants as whole stages, there and back (without, with, with, without), so that a drifting machine
-touches both alike; the ratio is that of the median step of all second epochs. Exits with 1 if it is under 1.25.
+Each round runs whole stages in the order without, with, with, without, so that drift of the machine affects both equally;
+the ratio is that of the median step times of all second epochs. Exits with 1 if it is below 1.25.
 """
 
 import json
@@ -17,7 +17,7 @@ from components.core.cli import parse
 from components.core.files import check_new
 
 GOAL = 1.25
-TOKENS = 4 * 512  # of a step
+TOKENS = 4 * 512  # per optimizer step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +33,16 @@ class CacheConfig:
     train_data: str = "builtin:python-docs"
     """Corpus for training."""
     steps: int = 4
-    """Optimizer steps an epoch, of 4 blocks of 512 tokens."""
+    """Optimizer steps per epoch, each of 4 blocks of 512 tokens."""
     rounds: int = 1
-    """How often to run both variants there and back."""
+    """How many rounds to run."""
 
     def __post_init__(self) -> None:
         check_new("output_dir", self.output_dir)
 
 
 def second_epoch(config: CacheConfig, cache: str, name: str) -> list[float]:
-    """Seconds of each step of the second epoch of a run with `teacher_cache=cache`."""
+    """Seconds for each step in the second epoch of a run with `teacher_cache=cache`."""
     output = Path(config.output_dir) / name
     text = Path(config.output_dir) / "train.txt"
     command = [sys.executable, "-m", "components.distill", "--teacher_model", config.teacher_model]
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def write_text(config: CacheConfig) -> None:
-    """Cut the corpus to the text of `steps` optimizer steps."""
+    """Cut the corpus down to the text for `steps` optimizer steps."""
     from components.core.checkpoint.loading import load_tokenizer
     from components.core.tokens import build_blocks
 

@@ -1,8 +1,8 @@
-"""The cluster that KUBECONFIG names: a namespace of its own for these tests, kinds of jobs, manifests and operators in it.
+"""The cluster that KUBECONFIG names, with job kinds, operators, and a separate namespace with the manifests for these tests.
 
-Any cluster will do whose nodes have the project's images. What it lacks is brought along and taken away again: the kinds
-PyTorchJob and TrainJob (PYTORCHJOB_CRD may name a file with the published schema), and an operator for them. Shared volume and
-bucket need the machine of the tests to be the cluster's node, unless STORAGE_CLASS names a class with ReadWriteMany.
+Any cluster will do if its nodes have the project's images. What it lacks is installed and removed again: the kinds PyTorchJob
+and TrainJob (PYTORCHJOB_CRD may name a file with the published schema), and an operator for them. The bucket needs the test
+machine to be the cluster's node, and so does the shared volume unless STORAGE_CLASS names a class with ReadWriteMany.
 """
 
 import os
@@ -21,7 +21,7 @@ from tests.cluster.operator import Operator, Space
 from tests.manifests.test_manifests import MANIFESTS, render
 
 CRDS = Path(__file__).parent / "crds"
-OPERATORS = {  # the Deployment that brings a kind of job forward where Kubeflow is installed
+OPERATORS = {  # Deployment that reconciles a kind of job where Kubeflow is installed → the stand-in
     "training-operator": (pytorchjob.KIND, pytorchjob.reconcile),
     "kubeflow-trainer-controller-manager": (trainjob.KIND, trainjob.reconcile),
 }
@@ -29,7 +29,7 @@ ACCOUNT = "pipeline-runner"
 
 
 def wait_for(what: str, condition, seconds: float = 60):
-    """The condition's value once it is true; fails after so many seconds."""
+    """Wait until a condition is true and return its value; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
@@ -39,7 +39,7 @@ def wait_for(what: str, condition, seconds: float = 60):
 
 @pytest.fixture(scope="session")
 def api() -> client.ApiClient:
-    """An administrator's client."""
+    """A client with administrator rights."""
     if not os.environ.get("KUBECONFIG"):
         pytest.skip("KUBECONFIG names no cluster")
     settings = client.Configuration()
@@ -80,7 +80,7 @@ def kinds(api):
 
 @pytest.fixture(scope="session")
 def namespace(api, kinds) -> str:
-    """A namespace with the manifests as plain KFP has them, and KFP's account for the pods of runs."""
+    """A namespace with the manifests for plain KFP and the service account of KFP's run pods."""
     core, rbac = client.CoreV1Api(api), client.RbacAuthorizationV1Api(api)
     name = f"sparse-distill-{uuid.uuid4().hex[:8]}"
     core.create_namespace({"metadata": {"name": name}})
@@ -101,7 +101,7 @@ def namespace(api, kinds) -> str:
 
 @pytest.fixture(scope="session")
 def space(api, namespace) -> Space:
-    """The namespace with operators at work in it."""
+    """The namespace, with operators running in it."""
     deployments = client.AppsV1Api(api).list_deployment_for_all_namespaces().items
     installed = {deployment.metadata.name for deployment in deployments}
     operator = Operator(Space(api, namespace), dict(work for name, work in OPERATORS.items() if name not in installed))

@@ -1,4 +1,4 @@
-"""A launcher's pod, and what it needs: settings of the run, the place of its handover, a look into its job."""
+"""A launcher's pod and what it needs: the run's settings, the place of the handover, and access to its job."""
 
 import json
 import re
@@ -14,8 +14,8 @@ from tests.cluster import pytorchjob
 from tests.cluster.conftest import ACCOUNT, wait_for
 
 STEPS = 20
-PATIENCE = 300  # seconds for anything that waits for nodes: they import torch, on processors that they share
-# as KFP's executor does it: bring the inputs, run the stage as a child, take its outputs away if it ended well
+PATIENCE = 300  # seconds to wait for anything that nodes do: they import torch on shared CPUs
+# like KFP's executor: fetch the inputs, run the stage as a child process, collect its outputs if it succeeds
 EXECUTOR = """
 python -m tarfile -e /inputs/inputs.tar.gz /work
 "$@" & echo $! > /work/pid
@@ -26,7 +26,7 @@ echo "RESULT $(tr -d '\\n' < /work/student/distill_stats.json)"
 
 
 def settings(models: Path) -> dict:
-    """The run: a global batch of 8 blocks, if `batch_size` is 4 for one process and 2 for two."""
+    """Settings of a run with a global batch of 8 blocks: `batch_size` must be 4 for one process, 2 for two."""
     return {
         "teacher_model": f"{models}/dense",
         "student_model": f"{models}/pruned",
@@ -53,14 +53,14 @@ class Handover:
 
 
 def log_of(space, pod: str) -> str:
-    """What a pod has printed; empty while it has not started."""
+    """A pod's log; empty until it has started."""
     phase = space.core.read_namespaced_pod(pod, space.namespace).status.phase
     return "" if phase == "Pending" else space.core.read_namespaced_pod_log(pod, space.namespace)
 
 
 def run_in(space, pod: str, *command: str) -> str:
-    """What a command prints that is run in a pod."""
-    core = client.CoreV1Api(client.ApiClient(space.api.configuration))  # `stream` makes its client unfit for other threads
+    """Run a command in a pod; return what it prints."""
+    core = client.CoreV1Api(client.ApiClient(space.api.configuration))  # `stream` makes its client unusable for other threads
     options = {"command": list(command), "stderr": True, "stdin": False, "stdout": True, "tty": False}
     return stream(core.connect_get_namespaced_pod_exec, pod, space.namespace, **options)
 
@@ -73,8 +73,8 @@ class Launcher:
         name: the pod's name.
         run_id: the pipeline run that it belongs to.
         handover: how it and the nodes exchange models.
-        flags: more settings of the stage.
-        pod: more settings of the nodes' pods.
+        flags: additional settings of the stage.
+        pod: additional settings of the nodes' pods.
     """
 
     def __init__(self, space, name, run_id, handover, flags, pod):
@@ -122,7 +122,7 @@ class Launcher:
         return log_of(self.space, self.name)
 
     def wait_for_line(self, pattern: str, seconds: float = PATIENCE) -> None:
-        """Wait for a line with a pattern in its log."""
+        """Wait until a pattern appears in its log."""
 
         def is_there():
             over, log = self.phase() in ("Succeeded", "Failed"), self.log()
@@ -133,18 +133,18 @@ class Launcher:
         wait_for(f"{pattern!r} in the log of {self.name}", is_there, seconds)
 
     def wait_for_end(self, phase: str) -> str:
-        """Its log, once it has ended so."""
+        """Wait until it ends, which must be in this phase; return its log."""
         wait_for(f"{self.name}'s end", lambda: self.phase() in ("Succeeded", "Failed"), PATIENCE)
         log = self.log()
         assert self.phase() == phase, log
         return log
 
     def result(self) -> dict:
-        """The statistics of the distilled model, once it has ended well."""
+        """Wait until it succeeds; return the distilled model's statistics."""
         return json.loads(re.search(r"^RESULT (.*)$", self.wait_for_end("Succeeded"), re.MULTILINE)[1])
 
     def run(self, *command: str) -> str:
-        """What a command prints that is run in its pod."""
+        """Run a command in its pod; return what it prints."""
         return run_in(self.space, self.name, *command)
 
     def jobs(self, kind=pytorchjob.KIND) -> list[dict]:
@@ -154,5 +154,5 @@ class Launcher:
         return self.space.custom.list_namespaced_custom_object(group, version, self.space.namespace, plural, **label)["items"]
 
     def nodes(self) -> dict[str, dict]:
-        """The pods of its run's jobs, by what follows the job's name."""
+        """The pods of its run's jobs, keyed by the part of their names after the job's name."""
         return {name.split("-", 2)[2]: pod for name, pod in self.space.pods(f"sparse-distill/run={self.run_id}").items()}

@@ -1,6 +1,6 @@
-"""A small stand-in for Kubeflow's operators: it makes real pods and Services of the PyTorchJobs and TrainJobs of a namespace.
+"""A small stand-in for Kubeflow's operators: it creates real pods and Services for a namespace's PyTorchJobs and TrainJobs.
 
-What is common to both kinds of job is here; what an operator does with a job is in `pytorchjob` and `trainjob`.
+This module has what both kinds of job share; what an operator does with a job is in `pytorchjob` and `trainjob`.
 """
 
 import copy
@@ -19,17 +19,17 @@ def now() -> str:
 
 
 def past(stamp: str, seconds: float | None) -> bool:
-    """Whether so many seconds have gone since a time; never if None."""
+    """Whether `seconds` have passed since a time; false if it is None."""
     return seconds is not None and (datetime.now(UTC) - datetime.fromisoformat(stamp)).total_seconds() >= seconds
 
 
 def is_true(status: dict[str, Any], kind: str) -> bool:
-    """Whether a job's status has a condition."""
+    """Whether a condition is true in a job's status."""
     return any(entry["type"] == kind and entry["status"] == "True" for entry in status.get("conditions", []))
 
 
 def set_condition(status: dict[str, Any], kind: str, reason: str, message: str, value: str = "True") -> None:
-    """Add or change a condition; Running and Restarting drive each other out, an end turns Running off."""
+    """Add or change a condition; Running and Restarting replace each other, and the end of the job sets Running to False."""
     entry = {"type": kind, "status": value, "reason": reason, "message": message}
     conditions = status.setdefault("conditions", [])
     if any(entry.items() <= old.items() for old in conditions):
@@ -42,18 +42,18 @@ def set_condition(status: dict[str, Any], kind: str, reason: str, message: str, 
 
 
 def restarts(pods: list[dict[str, Any]]) -> int:
-    """How often containers of running pods were started again."""
+    """How often the containers of running pods have been restarted."""
     running = [pod for pod in pods if pod["status"].get("phase") == "Running"]
     return sum(entry["restartCount"] for pod in running for entry in pod["status"].get("containerStatuses", []))
 
 
 def variables(values: dict[str, Any]) -> list[dict[str, str]]:
-    """Environment variables as a container lists them."""
+    """Environment variables in the format of a container's `env`."""
     return [{"name": name, "value": str(value)} for name, value in values.items()]
 
 
 class Space:
-    """A namespace: what the operators do in it, in plain dictionaries.
+    """A namespace and what the operators do in it, with objects as plain dictionaries.
 
     Args:
         api: a client with all rights there.
@@ -62,7 +62,7 @@ class Space:
 
     def __init__(self, api: client.ApiClient, namespace: str) -> None:
         self.core, self.custom, self.api, self.namespace = client.CoreV1Api(api), client.CustomObjectsApi(api), api, namespace
-        self.fault: Exception | None = None  # what the operator died of: who waits for its work learns it by `pods`
+        self.fault: Exception | None = None  # why the operator died; `pods` raises it to whoever waits for its work
 
     def pods(self, selector: str) -> dict[str, dict[str, Any]]:
         """Pods with a label, by name."""
@@ -72,13 +72,13 @@ class Space:
         return {pod.metadata.name: self.api.sanitize_for_serialization(pod) for pod in found}
 
     def delete(self, pods, phases=("Pending", "Running", "Succeeded", "Failed", "Unknown")) -> None:
-        """Delete those of the pods that are in one of the phases."""
+        """Delete the pods that are in one of the phases."""
         for name, pod in pods.items():
             if pod["status"]["phase"] in phases and "deletionTimestamp" not in pod["metadata"]:
                 self.core.delete_namespaced_pod(name, self.namespace)
 
     def create(self, job, name: str, kind: str, labels: dict[str, str], body: dict[str, Any]) -> None:
-        """Create a pod or Service that belongs to a job, unless it is there."""
+        """Create a pod or Service that belongs to a job, unless it exists."""
         owner = {key: job[key] for key in ("apiVersion", "kind")} | {key: job["metadata"][key] for key in ("name", "uid")}
         given = body.pop("metadata", {})
         metadata = {"name": name, "labels": given.get("labels", {}) | labels, "annotations": given.get("annotations", {})}
@@ -90,7 +90,7 @@ class Space:
                 raise
 
     def create_service(self, job, name: str, labels: dict[str, str], port: int) -> None:
-        """Create a headless Service of the pods with these labels."""
+        """Create a headless Service for the pods with these labels."""
         spec = {"clusterIP": "None", "selector": labels, "ports": [{"name": "torchrun", "port": port}]}
         self.create(job, name, "service", labels, {"spec": spec})
 
@@ -104,11 +104,11 @@ class Space:
 
 
 class Operator(threading.Thread):
-    """Brings the jobs of a namespace forward until it is stopped.
+    """Reconciles the jobs of a namespace until it is stopped.
 
     Args:
         space: the namespace.
-        kinds: (group, version, plural) of a kind of job, and the function that brings one forward and changes its status.
+        kinds: (group, version, plural) of a kind of job → the function that reconciles such a job and updates its status.
     """
 
     def __init__(self, space: Space, kinds) -> None:
@@ -128,7 +128,7 @@ class Operator(threading.Thread):
             self.space.fault = error
 
     def bring_forward(self, path, job, reconcile) -> None:
-        """Do one step for one job; what somebody else changed meanwhile is seen at the next poll."""
+        """Reconcile one job once; concurrent changes by others are seen at the next poll."""
         before = copy.deepcopy(job.setdefault("status", {}))
         try:
             reconcile(self.space, job, job["status"])
@@ -139,7 +139,7 @@ class Operator(threading.Thread):
                 raise
 
     def stop(self) -> None:
-        """Stop; raises what it died of before."""
+        """Stop; raise the error that it died of, if any."""
         self.ended.set()
         self.join()
         if self.space.fault:

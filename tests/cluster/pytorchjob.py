@@ -1,12 +1,12 @@
-"""What training-operator 1.9 does with a PyTorchJob, with the corners that its callers meet:
+"""What training-operator 1.9 does with a PyTorchJob, including the corner cases that matter to its users:
 
-- `OnFailure` restarts a container in its pod, and only such restarts count for `backoffLimit`; a pod that is gone, or failed as
-  a whole, is made anew without counting.
-- At the backoff limit or the deadline every pod is deleted before the job is marked failed, and its log with it.
-- The master's success is the job's; without a master all workers', or, in an elastic job, any worker's.
-- The pods of a job without a master are told neither their rank nor the number of processes a node.
+- `OnFailure` restarts a container in its pod, and only such restarts count towards `backoffLimit`; a pod that is gone, or has
+  failed as a whole, is recreated without being counted.
+- At the backoff limit or the deadline, all pods and thus their logs are deleted before the job is marked failed.
+- A job succeeds when its master does; without a master, when all workers do or, in an elastic job, when any worker does.
+- The pods of a job without a master are given neither their rank nor the number of processes per node.
 
-Left out is the init container in which workers wait for the master's name: its image is not at hand everywhere.
+The init container in which workers wait for the master's name is left out, since its image is not available everywhere.
 """
 
 import copy
@@ -21,7 +21,7 @@ TO_CLEAN = {"None": (), "Running": ("Running", "Pending"), "All": ("Running", "P
 
 
 def environment(job: dict[str, Any], replica: str, index: int) -> dict[str, Any]:
-    """What the container of a pod gets besides its own environment."""
+    """The variables that a pod's container gets in addition to its own environment."""
     name, spec = job["metadata"]["name"], job["spec"]
     total = sum(entry.get("replicas", 1) for entry in spec["pytorchReplicaSpecs"].values())
     env: dict[str, Any] = {"PYTHONUNBUFFERED": 0}
@@ -46,7 +46,7 @@ def environment(job: dict[str, Any], replica: str, index: int) -> dict[str, Any]
 
 
 def labels_of(job: dict[str, Any], replica: str, index: int) -> dict[str, str]:
-    """By which the Service of a replica finds its pod."""
+    """The labels by which a replica's Service finds its pod."""
     labels = {"operator-name": "pytorchjob-controller", "job-name": job["metadata"]["name"]}
     labels |= {"replica-type": replica.lower(), "replica-index": str(index)}
     return {LABEL + name: value for name, value in labels.items()}
@@ -67,7 +67,7 @@ def create_replica(space: Space, job: dict[str, Any], replica: str, index: int) 
 
 
 def reconcile(space: Space, job: dict[str, Any], status: dict[str, Any]) -> None:
-    """Bring a job forward."""
+    """Reconcile a job."""
     name, policy, replicas = job["metadata"]["name"], job["spec"].get("runPolicy", {}), job["spec"]["pytorchReplicaSpecs"]
     pods = space.pods(f"{LABEL}job-name={name}")
     if not status.get("conditions"):
@@ -111,7 +111,7 @@ def limit_reached(policy: dict[str, Any], status: dict[str, Any], pods: dict[str
 
 
 def count(space: Space, job: dict[str, Any], status: dict[str, Any], pods: dict[str, dict[str, Any]], replica: str) -> None:
-    """Create the replicas that are missing, remove failed pods that shall start again, and count."""
+    """Create missing replicas, remove failed pods that are to be restarted, and count the replicas by state."""
     name, spec = job["metadata"]["name"], job["spec"]["pytorchReplicaSpecs"][replica]
     policy = spec.get("restartPolicy", "OnFailure")
     counts = status.setdefault("replicaStatuses", {})[replica] = {"active": 0, "succeeded": 0, "failed": 0}
@@ -134,7 +134,7 @@ def count(space: Space, job: dict[str, Any], status: dict[str, Any], pods: dict[
 
 
 def judge(space: Space, job: dict[str, Any], status: dict[str, Any], replica: str) -> None:
-    """Conclude the job's condition from the counts of one kind of replica."""
+    """Derive the job's condition from the counts of one kind of replica."""
     if is_true(status, "Succeeded") or is_true(status, "Failed"):
         return
     name, replicas = job["metadata"]["name"], job["spec"]["pytorchReplicaSpecs"]
@@ -154,7 +154,7 @@ def judge(space: Space, job: dict[str, Any], status: dict[str, Any], replica: st
 
 
 def restart(space: Space, job: dict[str, Any], status: dict[str, Any], message: str) -> None:
-    """Say that pods start again."""
+    """Record that pods are restarted."""
     space.tell(job, "Warning", "PyTorchJobRestarting", message)
     set_condition(status, "Restarting", "PyTorchJobRestarting", message)
 

@@ -1,6 +1,6 @@
-"""Distillation on two nodes, from a launcher in a pod of its own with the rights of the manifests, as KFP starts one.
+"""Distillation on two nodes, from a launcher in its own pod with the rights that the manifests grant, as KFP starts one.
 
-Its inputs and outputs are local to that pod; only the handover, a shared volume or a bucket, is reached by the nodes too.
+Its inputs and outputs are local to that pod; the nodes can reach only the handover, a shared volume or a bucket.
 """
 
 import base64
@@ -32,7 +32,7 @@ from tests.manifests.test_manifests import MANIFESTS, render
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, corpus) -> Path:
-    """A folder with a dense and a pruned tiny model, tokens, and a run of one process to compare with."""
+    """A folder with a tiny dense and a tiny pruned model, tokens, and a single-process run to compare with."""
     folder = tmp_path_factory.mktemp("cluster")
     save_pruned(folder, corpus)
     data = {"train_data": str(corpus), "eval_data": str(corpus), "seq_len": 32, "eval_seq_len": 32}
@@ -55,7 +55,7 @@ def inputs(models, space) -> str:
 
 @pytest.fixture(scope="module")
 def address(space) -> str:
-    """Where pods reach this machine, which must be the cluster's node."""
+    """The address at which pods reach this machine, which must be the cluster's node."""
     (node, *_) = space.core.list_node().items
     found = next(entry.address for entry in node.status.addresses if entry.type == "InternalIP")
     with socket.socket() as probe:
@@ -68,13 +68,13 @@ def address(space) -> str:
 
 @pytest.fixture(scope="module")
 def storage_class(request, space, tmp_path_factory) -> str:
-    """A class of volumes with ReadWriteMany: that of STORAGE_CLASS, or one with a folder of this machine."""
+    """A storage class with ReadWriteMany: the one that STORAGE_CLASS names, or one for a folder on this machine."""
     if name := os.environ.get("STORAGE_CLASS"):
         yield name
         return
     request.getfixturevalue("address")
     folder = tmp_path_factory.mktemp("handover")
-    folder.chmod(0o777)  # the pods run as a user of their own
+    folder.chmod(0o777)  # the pods run as another user
     spec = {"accessModes": ["ReadWriteMany"], "capacity": {"storage": "1Ti"}, "hostPath": {"path": str(folder)}}
     name = space.namespace
     space.core.create_persistent_volume({"metadata": {"name": name}, "spec": spec | {"storageClassName": name}})
@@ -84,7 +84,7 @@ def storage_class(request, space, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def volume(space, storage_class) -> Handover:
-    """A shared volume, claimed as the manifests do."""
+    """A shared volume, claimed as in the manifests."""
     (claim,) = render(MANIFESTS / "storage")
     claim["spec"]["storageClassName"] = storage_class
     space.core.create_namespaced_persistent_volume_claim(space.namespace, claim)
@@ -94,7 +94,7 @@ def volume(space, storage_class) -> Handover:
 
 @pytest.fixture(scope="module")
 def bucket(address) -> Handover:
-    """A bucket of the emulator, which this process serves."""
+    """A bucket in the emulator, which runs in this process."""
     with socket.socket() as probe:
         probe.bind((address, 0))
         port = probe.getsockname()[1]
@@ -104,7 +104,7 @@ def bucket(address) -> Handover:
 
 @pytest.fixture
 def launch(space, inputs):
-    """Starts launchers of one run; what is left of them and their jobs is removed at the end."""
+    """A function that starts launchers of one run; whatever is left of them and their jobs is removed at the end."""
     launchers, run_id = [], f"run-{uuid.uuid4().hex[:8]}"
 
     def start(handover, pod=None, **flags):
@@ -119,7 +119,7 @@ def launch(space, inputs):
 
 
 def check_like_one(models: Path, stats: dict) -> None:
-    """The same loss curve as one process, and exact zeros."""
+    """Check for the same loss curve as with one process, and exact zeros."""
     wanted = json.loads((models / "one" / "distill_stats.json").read_text())
     curves = [[step["loss"] for step in found["details"]["steps"]] for found in (wanted, stats)]
     assert len(curves[0]) == STEPS
@@ -128,7 +128,7 @@ def check_like_one(models: Path, stats: dict) -> None:
 
 
 def test_two_nodes_are_like_one_process_and_hand_over_by_a_shared_volume(launch, volume, models):
-    """The GPUs that are asked for reach the nodes, and not the launcher; no container may be root."""
+    """The requested GPUs go to the nodes and not to the launcher; no container may run as root."""
     launcher = launch(volume, pod={"resources": {"limits": {"nvidia.com/gpu": "1"}}})
     launcher.wait_for_line("running on 2 nodes")
     nodes = launcher.nodes()
@@ -142,7 +142,7 @@ def test_two_nodes_are_like_one_process_and_hand_over_by_a_shared_volume(launch,
     assert "nvidia.com/gpu" not in json.dumps(launcher.read()["spec"]["containers"][0]["resources"])
     check_like_one(models, launcher.result())
     log = launcher.log()
-    assert log.count("[PPL] epoch=1 eval_ppl=") == 1  # what the first node prints is seen here
+    assert log.count("[PPL] epoch=1 eval_ppl=") == 1  # the launcher shows what the first node prints
     assert "created: PyTorchJob" in log
 
 
@@ -170,14 +170,14 @@ def test_two_nodes_of_an_elastic_job_are_like_one_process(launch, volume, models
     launcher = launch(volume, elastic="1:2", nproc_per_node=2, batch_size=1)
     stats = launcher.result()
     check_like_one(models, stats)
-    assert stats["parameters"]["grad_accum_steps"] == 2  # of the global batch of 8, over 4 processes
+    assert stats["parameters"]["grad_accum_steps"] == 2  # for a global batch of 8 over 4 processes
 
 
 @pytest.mark.parametrize("end", ["killed", "deleted"])
 def test_a_node_that_is_lost_comes_back_and_the_run_goes_on_from_its_checkpoint(launch, volume, space, end):
-    """Killed: the job's restart policy starts its container again. Deleted: a new pod takes its place.
+    """Killed: the job's restart policy restarts its container. Deleted: a new pod takes its place.
 
-    The other node fails with it, or stops at the checkpoint that both agree on, and starts again in its pod.
+    The other node fails with it, or stops at the checkpoint that both agree on, and is restarted in its pod.
     """
     launcher = launch(volume, max_steps=0, checkpoint_steps=5)
     wait_for("the nodes", lambda: len(launcher.nodes()) == 2)
@@ -188,7 +188,7 @@ def test_a_node_that_is_lost_comes_back_and_the_run_goes_on_from_its_checkpoint(
         run_in(space, victim["name"], "sh", "-c", "kill -KILL -1")
     else:
         space.core.delete_namespaced_pod(victim["name"], space.namespace, grace_period_seconds=0)
-    launcher.wait_for_line("going on from ")
+    launcher.wait_for_line("resuming from ")
     after = launcher.nodes()
     assert (after["worker-0"]["metadata"]["uid"] == victim["uid"]) == (end == "killed")
     assert after["master-0"]["metadata"]["uid"] == leader["uid"]

@@ -1,4 +1,4 @@
-"""The stand-in for Kubeflow's operators does what they do, seen on jobs of a shell command."""
+"""The stand-in for Kubeflow's operators behaves as they do, shown by jobs that run a shell command."""
 
 import pytest
 
@@ -38,7 +38,7 @@ class Job:
         return {entry["type"]: entry for entry in status.get("conditions", [])}
 
     def wait_for(self, condition: str) -> dict:
-        """Its condition, once it is true."""
+        """Wait until a condition is true; return it."""
         wait_for(f"{self.name} {condition}", lambda: self.conditions().get(condition, {}).get("status") == "True")
         return self.conditions()[condition]
 
@@ -47,7 +47,7 @@ class Job:
         return self.space.pods(f"{label}={self.name}")
 
     def wait_for_running(self, count: int) -> dict[str, dict]:
-        """Its pods, once so many run."""
+        """Wait until `count` of its pods are running; return them."""
 
         def running():
             return {name: pod for name, pod in self.pods().items() if pod["status"]["phase"] == "Running"}
@@ -56,14 +56,14 @@ class Job:
         return running()
 
     def environment(self, replica: str) -> dict[str, str]:
-        """What a pod that ran `env` has told."""
+        """The environment of a pod that ran `env`."""
         log = self.space.core.read_namespaced_pod_log(f"{self.name}-{replica}", self.space.namespace)
         return dict(line.split("=", 1) for line in log.splitlines() if "=" in line)
 
 
 @pytest.fixture
 def pytorch_job(space):
-    """Makes a PyTorchJob of one master and workers; it is deleted at the end."""
+    """A function that creates a PyTorchJob with one master and workers; its jobs are deleted at the end."""
     jobs = []
 
     def make(name, master, worker=None, workers=1, restart="OnFailure", policy=None, **more):
@@ -112,12 +112,12 @@ def test_a_container_that_fails_starts_again_in_its_pod(pytorch_job):
     job = pytorch_job("again", "test -e /scratch/been && exit 0; touch /scratch/been; exit 7")
     job.wait_for("Succeeded")
     (status,) = job.pods()["again-master-0"]["status"]["containerStatuses"]
-    assert status["restartCount"] == 1  # its first state may be forgotten by now
+    assert status["restartCount"] == 1  # the first termination may no longer be recorded
     assert status["state"]["terminated"]["exitCode"] == 0
 
 
 def test_a_job_at_its_backoff_limit_fails_and_takes_its_pods_away(pytorch_job):
-    # a container that ends at once would wait to be started again, and only those of running pods are counted
+    # a container that ends immediately would be in back-off, and only the restarts of running pods are counted
     job = pytorch_job("limit", "sleep 1; exit 7", ASLEEP, policy={"backoffLimit": 1})
     assert "backoff limit" in job.wait_for("Failed")["message"]
     wait_for("the removal of all pods", lambda: not job.pods())

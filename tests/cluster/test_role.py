@@ -18,13 +18,13 @@ GROUPS = {
 
 
 def as_account(api, namespace, account) -> client.AuthorizationV1Api:
-    """A client that asks as a ServiceAccount."""
+    """A client that acts as a ServiceAccount."""
     asking = client.ApiClient(api.configuration, "Impersonate-User", f"system:serviceaccount:{namespace}:{account}")
     return client.AuthorizationV1Api(asking)
 
 
 def may(asking, namespace) -> set[tuple[str, str]]:
-    """Every (resource, verb) that is allowed, of all that the API server knows in these groups."""
+    """Every allowed (resource, verb) among those that the API server knows in these groups."""
     allowed = set()
     for group, path in GROUPS.items():
         found = asking.api_client.call_api(path, "GET", response_type="V1APIResourceList", auth_settings=["BearerToken"])[0]

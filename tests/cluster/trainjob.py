@@ -1,7 +1,7 @@
-"""What Kubeflow Trainer 2 makes of a TrainJob with its runtime `torch-distributed`: the pods of one indexed Job of a JobSet.
+"""What Kubeflow Trainer 2 creates for a TrainJob with its runtime `torch-distributed`: the pods of one indexed Job in a JobSet.
 
-The runtime's own part is written down here, since there is no object of it: a container `node`, restarts in the pod, and a
-Job's default limit of 6 of them.
+The runtime's own part is hard-coded here, since the runtime object does not exist: a container `node`, restarts in the pod,
+and a Job's default limit of 6 restarts.
 """
 
 import copy
@@ -16,7 +16,7 @@ LABEL = "jobset.sigs.k8s.io/"
 
 
 def pod_of(job: dict[str, Any], index: int) -> dict[str, Any]:
-    """A node's pod: of the runtime, then the job's `trainer`, then its patches, with containers merged by name."""
+    """A node's pod: the runtime's, then the job's `trainer` and its patches on top, with containers merged by name."""
     name, trainer = job["metadata"]["name"], job["spec"]["trainer"]
     env = {"PET_NNODES": trainer.get("numNodes", 1), "PET_NPROC_PER_NODE": trainer.get("numProcPerNode", "auto")}
     env |= {"PET_NODE_RANK": index, "PET_MASTER_ADDR": f"{name}-node-0-0.{name}", "PET_MASTER_PORT": PORT}
@@ -37,7 +37,7 @@ def pod_of(job: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def reconcile(space: Space, job: dict[str, Any], status: dict[str, Any]) -> None:
-    """Bring a job forward."""
+    """Reconcile a job."""
     name, spec = job["metadata"]["name"], job["spec"]
     labels = {f"{LABEL}jobset-name": name, f"{LABEL}replicatedjob-name": "node"}
     pods = space.pods(f"{LABEL}jobset-name={name}")

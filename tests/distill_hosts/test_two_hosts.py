@@ -1,15 +1,15 @@
-"""Distillation over two hosts, each a network namespace of its own, joined by a virtual cable.
+"""Distillation over two hosts, each in its own network namespace, connected by a virtual cable.
 
-What a restart of one host needs, found by killing it:
+What the restart of one host requires, found by killing it:
 
 - `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` for every agent. Without it (torch 2.13) the surviving agent keeps the store of the
   first round and does not announce its address again: the restarted host's agent waits for `MASTER_ADDR`, the survivor for
   the restarted one, and both exit with code 1 after the rendezvous' `read_timeout` of 60 seconds.
 - `--max_restarts`: the survivor's worker fails with its peer (gloo: connection reset), which costs its agent one restart.
-  The agent itself stays and need not be started again.
-- `keep_alive_interval` in `--rdzv_conf`: a dead host is forgotten after three of them, 15 seconds unless it is set, and the
-  next round begins only then.
-- `--local_addr`: agents take ranks in the order of their addresses, and a host's name need not resolve to the cable.
+  The agent itself keeps running and need not be restarted.
+- `keep_alive_interval` in `--rdzv_conf`: a dead host is dropped after three intervals, by default 15 seconds, and only then
+  does the next round begin.
+- `--local_addr`: agents are ranked by address, and a host's name may not resolve to its address on the cable.
 """
 
 import json
@@ -34,11 +34,11 @@ from tests.conftest import save_pruned
 ROOT = Path(__file__).parents[2]
 PORT = 29511
 STEPS = 30
-PATIENCE = 45  # seconds for anything to happen
+PATIENCE = 45  # seconds to wait for anything
 
 
 def ip(*words, check=True):
-    """Run iproute2; what it printed."""
+    """Run iproute2; return what it printed."""
     done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20)
     assert not check or done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
     return done.stdout
@@ -55,17 +55,17 @@ class Host:
         self.starts = 0
 
     def plug_in(self):
-        """Give the cable's end its address."""
+        """Give this end of the cable its address."""
         ip("-n", self.namespace, "addr", "add", f"{self.address}/24", "dev", self.cable)
         for device in ("lo", self.cable):
             ip("-n", self.namespace, "link", "set", device, "up")
 
     def start(self, rendezvous, flags):
-        """Start torchrun, as a cluster's operator would, from the same command each time."""
+        """Start torchrun, with the same command each time, as a cluster's operator would."""
         line = ["ip", "netns", "exec", self.namespace, sys.executable, "-m", "torch.distributed.run"]
         line += ["--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "3", "--local_addr", self.address]
         line += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"10.77.0.1:{PORT}", "--rdzv_id", rendezvous]
-        # the endpoint's host is told apart by its name elsewhere; namespaces of one machine share their name
+        # normally the endpoint's host is recognised by its host name, but the namespaces of one machine share one
         line += ["--rdzv_conf", f"is_host={1 - self.rank},join_timeout={PATIENCE},keep_alive_interval=1"]
         line += ["-m", "components.distill", *(f"--{key}={value}" for key, value in flags.items())]
         environment = os.environ | {
@@ -83,11 +83,11 @@ class Host:
         return self.folder / f"host{self.rank}.log"
 
     def kill(self):
-        """SIGKILL every process of this host, as when its power fails."""
+        """SIGKILL every process on this host, as in a power failure."""
         if self.process and self.process.poll() is None:
             self.process.kill()
             self.process.wait(timeout=20)
-        for _ in range(50):  # the workers, and what they start meanwhile
+        for _ in range(50):  # the workers, and whatever they start meanwhile
             found = ip("netns", "pids", self.namespace, check=False).split()
             if not found:
                 break
@@ -101,7 +101,7 @@ class Host:
 
 @pytest.fixture
 def hosts(tmp_path):
-    """Two hosts that reach each other."""
+    """Two hosts that can reach each other."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         pytest.skip("network namespaces need root on Linux")
     if shutil.which("ip") is None:
@@ -131,7 +131,7 @@ def hosts(tmp_path):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, corpus):
-    """A folder with a dense and a pruned tiny model and a run of one process to compare with."""
+    """A folder with a tiny dense and a tiny pruned model and a single-process run to compare with."""
     folder = tmp_path_factory.mktemp("hosts")
     save_pruned(folder, corpus)
     distill(DistillConfig(**settings(folder, corpus, folder / "one"), batch_size=4))
@@ -139,7 +139,7 @@ def models(tmp_path_factory, corpus):
 
 
 def settings(models, corpus, output):
-    """The run: a global batch of 8 blocks, if `batch_size` is 4 for one process and 2 for two."""
+    """Settings of a run with a global batch of 8 blocks: `batch_size` must be 4 for one process, 2 for two."""
     return {
         "teacher_model": str(models / "dense"),
         "student_model": str(models / "pruned"),
@@ -157,7 +157,7 @@ def settings(models, corpus, output):
 
 
 def wait(hosts, until, what):
-    """Wait until something holds; fail with both logs after `PATIENCE` or when a host fails."""
+    """Wait for a condition; fail with both logs after `PATIENCE` seconds or when a host fails."""
     deadline = time.monotonic() + PATIENCE
     while not until():
         logs = "\n".join(f"host {host.rank}:\n{host.log.read_text()}" for host in hosts)
@@ -168,12 +168,12 @@ def wait(hosts, until, what):
 
 
 def ended(hosts):
-    """Whether both hosts ended well."""
+    """Whether both hosts succeeded."""
     return all(host.process.poll() == 0 for host in hosts)
 
 
 def check_like_one(models, output):
-    """The same loss curve as one process, the same weights nearly, and exact zeros."""
+    """Check for the same loss curve as with one process, nearly the same weights, and exact zeros."""
     curves = []
     for folder in (models / "one", output):
         stats = json.loads((folder / "distill_stats.json").read_text())
@@ -193,7 +193,7 @@ def test_two_hosts_are_like_one_process(hosts, models, corpus, tmp_path):
         host.start("plain", flags)
     wait(hosts, lambda: ended(hosts), "the end of the run")
     first, second = (host.log.read_text() for host in hosts)
-    assert first.count("[PPL] epoch=1 eval_ppl=") == 1  # host 0 speaks and writes
+    assert first.count("[PPL] epoch=1 eval_ppl=") == 1  # only host 0 prints and writes
     assert f"s: {tmp_path / 'out'}" in first
     assert "[PPL]" not in second
     check_like_one(models, tmp_path / "out")
@@ -201,7 +201,7 @@ def test_two_hosts_are_like_one_process(hosts, models, corpus, tmp_path):
 
 @pytest.mark.timeout(110)
 def test_a_host_that_dies_comes_back_and_the_run_goes_on(hosts, models, corpus, tmp_path):
-    """The survivor's worker fails with its peer; its agent stays, and starts a new worker once the host is back."""
+    """The survivor's worker fails with its peer; its agent keeps running, and starts a new worker once the host is back."""
     survivor, victim = hosts
     flags = settings(models, corpus, tmp_path / "out") | {"batch_size": 2, "backend": "fsdp"}
     flags |= {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_steps": 2}
@@ -214,5 +214,5 @@ def test_a_host_that_dies_comes_back_and_the_run_goes_on(hosts, models, corpus, 
     victim.start("restart", flags)
     wait(hosts, lambda: ended(hosts), "the end of the run")
     assert (survivor.starts, victim.starts) == (1, 2)
-    assert "going on from" in survivor.log.read_text()
+    assert "resuming from" in survivor.log.read_text()
     check_like_one(models, tmp_path / "out")

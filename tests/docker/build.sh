@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build images where no container registry can be reached: on a stand-in base made of Debian's packages, with this machine's
+# Build images without access to a container registry: on a stand-in base made from Debian packages, with this machine's
 # certificates and pip settings. Usage: build.sh IMAGE…
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -18,8 +18,8 @@ if ! docker image inspect $base >/dev/null 2>&1; then
         | docker import - $base >/dev/null
 fi
 
-if [ -d "${PIP_FIND_LINKS:-}" ]; then # torch for the CPU lies in this folder: hand it out as a package index
-    port=8790 # always the same: pip's arguments are part of what tells BuildKit that a layer is unchanged
+if [ -d "${PIP_FIND_LINKS:-}" ]; then # this folder has torch for the CPU: serve it as a package index
+    port=8790 # fixed, because pip's arguments are part of BuildKit's cache key
     mkdir "$scratch/index"
     ln -s "$PIP_FIND_LINKS" "$scratch/index/torch"
     python3 -m http.server --bind 127.0.0.1 --directory "$scratch/index" $port >/dev/null 2>&1 &

@@ -1,8 +1,8 @@
-"""Run the compiled pipeline in the images under kfp.local, a container a stage: `python compress.py FOLDER USER`.
+"""Run the compiled pipeline in the images under kfp.local, one container per stage: `python compress.py FOLDER USER`.
 
-FOLDER holds a model `dense` and a text `corpus`; the artifacts go into its `artifacts`. It is all that a container sees of
-the host, and all that it may write to besides /tmp. The GPU stages run in the CPU image. The secrets of this process'
-environment are those of the containers.
+FOLDER holds a model `dense` and a text `corpus`, and receives the artifacts. It is the only part of the host that a container
+sees and, besides /tmp, the only place that it may write to. The GPU stages run in the CPU image. The containers get the
+secrets in this process's environment.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The images, where there is a Docker daemon and they have been built."""
+"""The images, if there is a Docker daemon and they have been built."""
 
 import docker
 import pytest
@@ -18,7 +18,7 @@ def daemon():
 
 @pytest.fixture(scope="session")
 def built(daemon):
-    """The image of a name, by that name."""
+    """A function that finds an image by name."""
 
     def find(name):
         try:

@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny random model in the images: not as root, and without a network."""
+"""The whole pipeline in the images on a tiny random model, not as root and without a network."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.docker.compress import COMPILED, SECRETS
 
 ROOT = Path(__file__).parents[2]
 CANARY = "canary-7f1c0e5a-never-to-be-seen"
-USER = os.getuid() or 1000  # who runs the tests can read and delete what the containers wrote; root's tests run them as another
+USER = os.getuid() or 1000  # can read and delete what the containers write, as they run as the tests' user unless it is root
 
 
 @pytest.fixture(scope="module")

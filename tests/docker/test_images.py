@@ -1,4 +1,4 @@
-"""What the images promise to those who run them."""
+"""What the images guarantee to their users."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def image(request, built):
 
 @pytest.fixture
 def run(daemon, image):
-    """Run a command in the image as a pod would be: no network, no capability, nothing to write to but /tmp."""
+    """Run a command in the image as in a pod: no network, no capabilities, only /tmp writable."""
 
     def start(*command, user=None):
         output = daemon.containers.run(image, command, user=user, remove=True, tmpfs={"/tmp": ""}, stderr=True, **HARDENED)
@@ -32,7 +32,7 @@ def kind(image):
 
 
 def test_the_user_is_a_number_other_than_root(image, run):
-    assert image.attrs["Config"]["User"] == "1000:0"  # Kubernetes' runAsNonRoot cannot judge a name
+    assert image.attrs["Config"]["User"] == "1000:0"  # Kubernetes' runAsNonRoot cannot check a user name
     assert run("id", "-u") == "1000"
 
 
@@ -66,7 +66,7 @@ def test_every_package_has_the_version_of_the_constraints(run):
     assert installed == {name: pinned.get(name) for name in installed}
 
 
-def test_its_environment_has_no_pip_and_it_no_compiler(image, run):
+def test_it_has_neither_pip_nor_a_compiler(image, run):
     tools = ["make", "cmake"] + ["cc", "gcc", "g++"] * (kind(image) != "gpu")
     assert run("sh", "-c", f"for tool in {' '.join(tools)}; do command -v $tool; done; echo none else") == "none else"
     code = "from importlib.util import find_spec; print(find_spec('pip'))"

@@ -1,4 +1,4 @@
-"""The manifests render with `kubectl kustomize`, are valid in strict mode, and grant the launcher what its code calls."""
+"""The manifests render with `kubectl kustomize`, are valid in strict mode, and grant the calls that the launcher makes."""
 
 import ast
 import re
@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "manifests"
 KUSTOMIZATIONS = sorted(str(file.parent.relative_to(MANIFESTS)) for file in MANIFESTS.rglob("kustomization.yaml"))
 OVERLAYS = [name for name in KUSTOMIZATIONS if name.startswith("overlays/")]
-VERSIONS = ("1.25", kubernetes_validate.latest_version())  # of Kubernetes: an old one and the newest known
+VERSIONS = ("1.25", kubernetes_validate.latest_version())  # of Kubernetes: an old one and the latest known one
 LOCAL_QUEUE = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "LocalQueue", "spec": {"clusterQueue": "cluster-queue"}}
 
-# what the client's methods ask of the API server; `PLURAL` is the custom resource that they are given
+# client method → (resource, verb) that it requires; `PLURAL` is the custom resource passed to it
 CALLS = {
     "create_namespaced_custom_object": ("PLURAL", "create"),
     "get_namespaced_custom_object": ("PLURAL", "get"),
@@ -32,7 +32,7 @@ CALLS = {
 
 
 def render(folder: Path) -> list[dict]:
-    """The objects of a kustomization."""
+    """The objects that a kustomization renders to."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")
     done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
@@ -41,7 +41,7 @@ def render(folder: Path) -> list[dict]:
 
 
 def granted(objects: list[dict]) -> set[tuple[str, str]]:
-    """Every (resource, verb) of the Roles among the objects."""
+    """Every (resource, verb) that the Roles among the objects grant."""
     return {
         (resource, verb)
         for object_ in objects
@@ -65,7 +65,7 @@ def test_every_kustomization_renders_valid_objects(name):
     objects = render(MANIFESTS / name)
     assert objects
     for object_ in objects:
-        if object_["kind"] == "LocalQueue":  # Kueue's own: kubernetes-validate has the official kinds alone
+        if object_["kind"] == "LocalQueue":  # Kueue's own: kubernetes-validate knows only the built-in kinds
             assert {key: object_[key] for key in LOCAL_QUEUE} == LOCAL_QUEUE
         else:
             for version in VERSIONS:
@@ -101,7 +101,7 @@ def test_storage_and_queue_join_an_overlay_by_uncommenting_a_line(tmp_path):
 
 
 def test_the_role_grants_what_the_launcher_calls_and_no_more():
-    """Read from the launcher's source: a call without a right, or a right without a call, is found before any cluster."""
+    """Compared with the launcher's source, so that a missing or unused right is found without a cluster."""
     methods = {
         node.func.attr
         for file in (ROOT / "components" / "distill_distributed").glob("*.py")

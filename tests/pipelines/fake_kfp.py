@@ -1,6 +1,6 @@
-"""The part of the KFP API that the commands use, on loopback: it keeps what it is given and checks every request.
+"""The part of the KFP API that the commands use, on loopback: it stores what it receives and checks every request.
 
-Bodies must be what kfp-server-api's models say, lists come in pages of two, and any login but the right one is refused.
+Bodies must match kfp-server-api's models, lists come in pages of two, and any login but the right one is rejected.
 """
 
 import email
@@ -19,11 +19,11 @@ from kfp.client import Client
 
 PAGE = 2
 TOKEN = "canary-token-1f0e"
-SCALARS = {"str": (str, int), "int": int, "bool": bool, "datetime": str}  # 64-bit numbers travel as text or as numbers
+SCALARS = {"str": (str, int), "int": int, "bool": bool, "datetime": str}  # 64-bit integers are sent as text or as numbers
 
 
 def check(value, kind, where="body"):
-    """Compare JSON with a type of kfp-server-api, down to the last field."""
+    """Check that JSON matches a type of kfp-server-api, down to the last field."""
     if kind == "object":
         return
     if kind in SCALARS:
@@ -47,14 +47,14 @@ def check(value, kind, where="body"):
 
 
 class FakeKfp:
-    """State of the server, and what happens next."""
+    """The server's state, and what it answers next."""
 
     def __init__(self):
         self.things = {"pipelines": [], "pipeline_versions": [], "experiments": [], "runs": [], "recurring_runs": []}
-        self.requests = []  # "METHOD path" of each
-        self.namespaces = {}  # "METHOD path" → the namespace it was about
-        self.uploads = []  # the files' bytes
-        self.run_answers = []  # what a look at a run gives, one after another: a state, or an HTTP status
+        self.requests = []  # "METHOD path" of each request
+        self.namespaces = {}  # "METHOD path" → the namespace in that request
+        self.uploads = []  # the uploaded files' bytes
+        self.run_answers = []  # answers to successive requests for a run: a state, or an HTTP status
         self.task_details = []
         self.headers = None  # of the last request
         self.refusal = None  # (HTTP status, content type, body) for every request
@@ -66,7 +66,7 @@ class FakeKfp:
         return thing
 
     def page(self, kind, query, **where):
-        """One page of what fits; the token is a place in the list."""
+        """One page of the matching objects; the token is an index into the list."""
         found = [thing for thing in self.things[kind] if where.items() <= thing.items()]
         if "filter" in query:
             for predicate in json.loads(query["filter"])["predicates"]:
@@ -132,7 +132,7 @@ class FakeKfp:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Hands each request to the server's `kfp`."""
+    """Passes each request to the server's `kfp`."""
 
     def handle_one(self):
         kfp = self.server.kfp
@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_DELETE = handle_one  # noqa: N815 (http.server's names)
 
     def log_message(self, *_):
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextmanager
@@ -181,7 +181,7 @@ def serving():
 
 @pytest.fixture
 def kfp(monkeypatch, tmp_path):
-    """A fake KFP that the environment points to and logs in to; nothing of this machine's own settings is used."""
+    """A fake KFP, with its address and login in the environment; this machine's own settings are not used."""
     for name in ("UI_ENDPOINT", "COOKIES", "SA_TOKEN_PATH", "IAP_OAUTH2_CLIENT_ID"):
         monkeypatch.delenv(f"KF_PIPELINES_{name}", raising=False)
     monkeypatch.setattr(Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "no-context.json"))
@@ -193,7 +193,7 @@ def kfp(monkeypatch, tmp_path):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run an entry point in this process: (exit code, standard output, standard error), with no secret in them."""
+    """Run an entry point in this process; return (exit code, stdout, stderr), which must not contain the token."""
 
     def run(main, *flags):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, flags)])

@@ -1,4 +1,4 @@
-"""The golden YAML is what the code compiles to, and it promises what the code does."""
+"""The golden YAML is what the code compiles to, and has what a run needs."""
 
 import inspect
 import re
@@ -15,7 +15,7 @@ from pipelines.reference import documents
 
 PIPELINES = {pipeline.name: pipeline for pipeline in (compress, compress_distributed)}
 ASKS_FOR_GPUS = {"prune", "distill", "distill-distributed", "quantize"}
-NEVER_CACHED = {"resolve", "publish", "sweep-jobs"}  # they look at, or change, what lies outside of the run
+NEVER_CACHED = {"resolve", "publish", "sweep-jobs"}  # they read or change state outside the run
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
@@ -60,13 +60,13 @@ def test_every_parameter_is_described(spec):
 
 
 def dags(spec):
-    """Name → every DAG: the pipeline, its loops and the pipelines inside it."""
+    """Name → DAG, for the pipeline, its loops and its nested pipelines."""
     nested = {name: component for name, component in spec["components"].items() if "dag" in component}
     return {"root": spec["root"]} | nested
 
 
 def pods(spec):
-    """Name → (task, container) of everything that runs in a pod."""
+    """Name → (task, container), for everything that runs in a pod."""
     found = {}
     for dag in dags(spec).values():
         for name, task in dag["dag"]["tasks"].items():
@@ -97,7 +97,7 @@ def test_nothing_is_installed_when_a_pod_starts(spec):
 
 
 def test_every_parameter_that_a_task_reads_is_an_input_of_its_dag(spec):
-    """A loop does not declare outer parameters that its tasks use for resources alone; they would be missing at run time."""
+    """A loop does not declare outer parameters that its tasks use only for resources; they would be missing at run time."""
     for dag_name, dag in dags(spec).items():
         declared = set(dag.get("inputDefinitions", {}).get("parameters", {}))
         for name, task in dag["dag"]["tasks"].items():
@@ -110,11 +110,11 @@ def test_formats_are_quantized_side_by_side(spec):
     tasks = [task for dag in dags(spec).values() for task in dag["dag"]["tasks"].values()]
     loop = next(task for task in tasks if "parameterIterator" in task)
     assert loop["parameterIterator"]["items"]["inputParameter"].endswith("pipelinechannel--quantize_formats")
-    assert "iteratorPolicy" not in loop  # no limit: the formats run at the same time
+    assert "iteratorPolicy" not in loop  # no limit: the formats run in parallel
 
 
 def test_the_job_of_many_nodes_gets_what_is_set_on_its_task():
-    """Else the launcher would ask for the GPUs and the nodes for none."""
+    """Otherwise the launcher would request the GPUs, and the nodes none."""
     spec = next(iter(yaml.safe_load_all((compile_module.COMPILED / "compress-distributed.yaml").read_text())))
     passed = {
         entry["field"]: entry.get("applyToTask", False)

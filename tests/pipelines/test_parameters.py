@@ -1,4 +1,4 @@
-"""A parameter is defined once: the pipelines, the components and the stages' settings agree, and nothing is left out unsaid."""
+"""A parameter is defined once: pipelines, components and stage settings agree, and every omission has a stated reason."""
 
 import ast
 import dataclasses
@@ -42,7 +42,7 @@ def not_in_pipelines(stage):
 
 
 def values_of(component):
-    """Parameter → annotation of what a component takes besides artifacts."""
+    """Parameter → annotation, for what a component takes besides artifacts."""
     taken = {name for name, spec in component.component_spec.inputs.items() if "system." not in str(spec.type)}
     signature = inspect.signature(component.python_func).parameters
     return {name: signature[name].annotation for name in taken if "TaskConfig" not in str(signature[name].annotation)}
@@ -93,14 +93,14 @@ def test_a_pipeline_takes_what_its_settings_say_in_type_and_words(name):
 
 @pytest.mark.parametrize("name", SHARED)
 def test_what_stages_share_means_the_same_everywhere(name):
-    """Only those count that a pipeline sets: what its components bind, such as the tokens as eval_data, has its own words."""
+    """Only settings that a pipeline sets; what its components bind, such as the tokens as eval_data, has its own help."""
     owners = [config_of(stage) for stage in IN_PIPELINES if name in values_of(component_of(stage))]
     assert len(owners) >= 2
     assert len({(help_of(owner, name), str(get_type_hints(owner)[name])) for owner in owners}) == 1
 
 
 def test_no_bare_name_hides_a_stages_own_setting():
-    """A component's input is given the parameter of its own name, if there is one."""
+    """A component's input gets the parameter of the same name, if there is one."""
     bare = {*SHARED} | {entry.name for entry in dataclasses.fields(PodSettings)}
     for groups in GROUPS.values():
         for group in groups:
@@ -123,7 +123,7 @@ def test_a_name_carries_its_group(stage, field, name):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_the_description_names_ten_parameters_that_there_are(name):
+def test_the_description_names_ten_existing_parameters(name):
     text = PIPELINES[name].description
     important = text.partition("matter most: ")[2].partition(". All")[0].split(", ")
     assert len(important) == 10

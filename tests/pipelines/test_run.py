@@ -17,7 +17,7 @@ SMALL += ["--distill_batch_size", "2", "--distill_grad_accum_steps", "1", "--dis
 
 
 def run(*flags, folder):
-    """Run the pipeline in `folder`; no terminal, no hub."""
+    """Run the pipeline in `folder`, without a terminal or access to the hub."""
     command = [sys.executable, str(ROOT / "pipelines" / "run.py"), *map(str, flags)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -67,7 +67,7 @@ def test_sparsity_holds_to_the_end(finished):
     assert all(abs(sparsity - 0.7) < 1e-3 for sparsity in sparse)
 
 
-def test_the_distilled_model_loads_with_no_code_of_ours(finished):
+def test_the_distilled_model_loads_without_the_projects_code(finished):
     folder, _ = finished
     model = AutoModelForCausalLM.from_pretrained(next(folder.glob("artifacts/*/distill*/distilled_model")))
     weight = model.model.layers[0].mlp.up_proj.weight

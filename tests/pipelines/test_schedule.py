@@ -6,7 +6,7 @@ from pipelines.cron import six_fields
 from pipelines.schedule import main
 from tests.pipelines.fake_kfp import command, kfp  # noqa: F401 (fixtures)
 
-# ruff: noqa: F811 (pytest hands fixtures over by name)
+# ruff: noqa: F811 (pytest passes fixtures by name)
 
 
 def test_a_schedule_runs_the_uploaded_version_one_at_a_time_without_catching_up(kfp, command):
@@ -114,7 +114,7 @@ def test_what_kfp_would_not_take_is_refused_by_its_rule(cron, rule):
         (["--every", "60", "--name", " "], "name must be given, got ' '"),
     ],
 )
-def test_a_wrong_value_is_told_in_one_line_before_any_request(kfp, command, flags, message):
+def test_a_wrong_value_is_reported_in_one_line_before_any_request(kfp, command, flags, message):
     code, out, err = command(main, "create", "--name", "nightly", *flags)
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {message}")

@@ -14,13 +14,13 @@ from pipelines.package import COMPILED
 from pipelines.submit import main
 from tests.pipelines.fake_kfp import PAGE, TOKEN, check, command, kfp  # noqa: F401 (fixtures)
 
-# ruff: noqa: F811 (pytest hands fixtures over by name)
+# ruff: noqa: F811 (pytest passes fixtures by name)
 
 GOLDEN = COMPILED / "compress.yaml"
 
 
 def changed(folder, text="# another version\n"):
-    """The pipeline's YAML with other bytes."""
+    """A copy of the pipeline's YAML with different bytes."""
     path = folder / "changed.yaml"
     path.write_text(text + GOLDEN.read_text())
     return path
@@ -51,7 +51,7 @@ def test_the_same_yaml_is_uploaded_once_and_another_one_beside_it(kfp, command, 
     assert len(kfp.uploads) == 1
     for comment in "abc":
         assert command(main, "--pipeline", changed(tmp_path, f"# {comment}\n"))[0] == 0
-    assert "nothing uploaded" in command(main, "--pipeline", changed(tmp_path, "# c\n"))[1]  # that is on the second page
+    assert "nothing uploaded" in command(main, "--pipeline", changed(tmp_path, "# c\n"))[1]  # it is on the second page
     names = [version["display_name"] for version in kfp.things["pipeline_versions"]]
     assert len(names) == len(set(names)) == 4 > PAGE
     assert len(kfp.things["pipelines"]) == 4
@@ -114,7 +114,7 @@ def test_parameters_have_the_types_of_the_pipeline(kfp, command, tmp_path):
         (["--host", f"https://me:{TOKEN}@kfp.example.com"], "and hold no password"),
     ],
 )
-def test_a_wrong_value_is_told_in_one_line_before_any_request(kfp, command, tmp_path, flags, message):
+def test_a_wrong_value_is_reported_in_one_line_before_any_request(kfp, command, tmp_path, flags, message):
     if flags[0] == "--params":
         (tmp_path / "params.yaml").write_text(flags[1])
         flags = ["--params", tmp_path / "params.yaml"]
@@ -126,14 +126,14 @@ def test_a_wrong_value_is_told_in_one_line_before_any_request(kfp, command, tmp_
     assert kfp.requests == []
 
 
-def test_what_is_in_the_image_alone_is_not_looked_for_here(kfp, command):
+def test_what_only_the_image_has_is_not_looked_for_here(kfp, command):
     flags = ["train_data=/data/corpus", "distill_backend=deepspeed", "distill_launcher=torchrun"]
     flags += ["distill_deepspeed_config=/etc/zero.json"]
     assert command(main, "--set", *flags)[0] == 0
 
 
 @pytest.mark.parametrize("text", ["", "- 1\n", "name: compress\n", "{", "\x00"])
-def test_a_file_that_is_no_pipeline_is_refused(kfp, command, tmp_path, text):
+def test_a_file_that_is_not_a_pipeline_is_refused(kfp, command, tmp_path, text):
     path = tmp_path / "other.yaml"
     path.write_text(text)
     code, _, err = command(main, "--pipeline", path)

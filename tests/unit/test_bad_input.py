@@ -1,6 +1,6 @@
-"""What a stage does with wrong input: one line that names the parameter, exit code 2, nothing left, no weights read.
+"""What a stage does with wrong input: one line that names the parameter, exit code 2, nothing left behind, no weights read.
 
-The stages run as `python -m` runs them, in this process; a few in a process of their own.
+The stages run as with `python -m`, but in this process; a few in a separate process.
 """
 
 import importlib
@@ -28,7 +28,7 @@ Ended = namedtuple("Ended", "code out err")
 
 @pytest.fixture(scope="module")
 def inputs(checkpoint, corpus, tmp_path_factory) -> dict[str, str]:
-    """Good and wrong files by name, to be filled into arguments."""
+    """Good and bad files by name, to be inserted into arguments."""
     place = tmp_path_factory.mktemp("inputs")
     files = {"model": checkpoint, "corpus": corpus, "train": corpus / "train.txt"}
     for name, mask in {
@@ -118,7 +118,7 @@ def start(inputs, tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Reading weights fails the test: a wrong value must be told before."""
+    """Make reading weights fail the test: a wrong value must be reported before that."""
 
     def load_model(*_, **__):
         raise AssertionError("weights were read")
@@ -128,7 +128,7 @@ def no_weights(monkeypatch):
 
 
 def assert_refused(ended: Ended, line: str, place: Path, left: tuple[str, ...] = ()) -> None:
-    """One line, exit code 2, and `place` holds what it held."""
+    """Check for one line, exit code 2, and nothing in `place` except what was `left` there."""
     assert ended.code == 2
     assert ended.err.endswith("\n")
     assert len(ended.err.splitlines()) == 1
@@ -138,7 +138,7 @@ def assert_refused(ended: Ended, line: str, place: Path, left: tuple[str, ...] =
 
 @pytest.mark.parametrize("stage", GOOD)
 def test_a_good_run_of_each_stage_ends_well(start, stage, tmp_path):
-    """Else what follows would be refused for another reason."""
+    """Otherwise the cases below would be refused for another reason."""
     ended = start(stage)
     assert ended.code == 0
     assert "error" not in ended.err
@@ -327,7 +327,7 @@ def test_a_disk_that_says_it_is_full_is_refused_before_any_weights(start, tmp_pa
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 128 KiB, less than any of the tiny models takes."""
+    """A disk of 128 KiB, which is smaller than any of the tiny models."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(place)]
@@ -348,7 +348,7 @@ def test_a_disk_that_is_too_small_is_refused_before_any_weights(start, small_dis
 @pytest.mark.parametrize("stage", [*WRITERS, "tokenize"])
 def test_a_disk_that_fills_up_while_writing_leaves_nothing(start, small_disk, monkeypatch, stage):
     usage = shutil.disk_usage("/")._replace(free=10**12)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)  # another program takes the room meanwhile
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)  # as if another program took the space meanwhile
     ended = start(stage, {"nsamples": "2000"} if stage == "tokenize" else {}, small_disk)
     assert_refused(ended, "", small_disk)
     assert str(small_disk) in ended.err
@@ -380,7 +380,7 @@ def test_a_mask_over_what_cannot_be_quantized_is_refused_by_name(start, tmp_path
     assert_refused(ended, "mask_file must mask linear layers other than the head, got model.embed_tokens.weight", tmp_path)
 
 
-def test_weights_that_are_not_finite_are_told_as_such(start, inputs, tmp_path):
+def test_weights_that_are_not_finite_are_reported_as_such(start, inputs, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(inputs["model"], broken)
     weights = load_file(broken / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The arrows go one way: pipelines → components/<stage> → components/core. Held by reading imports."""
+"""Dependencies go one way: pipelines → components/<stage> → components/core. Checked by reading the imports."""
 
 import ast
 import subprocess
@@ -15,7 +15,7 @@ SOURCES = sorted(COMPONENTS.rglob("*.py"))
 
 
 def imports(source: str, package: str) -> Iterator[str]:
-    """Every module that a source imports, at its top or inside; `from a import b` gives both `a` and `a.b`.
+    """Every module that a source imports, at the top level or inside; `from a import b` gives both `a` and `a.b`.
 
     Args:
         source: Python code.
@@ -80,7 +80,7 @@ def test_a_stage_never_imports_another_stage():
     def another_stage(file: Path, name: str) -> bool:
         own = file.relative_to(COMPONENTS).parts[0]
         if own == "distill_distributed" and belongs(name, "components.distill.config"):
-            return False  # it runs that stage on other machines, and takes its settings
+            return False  # it runs that stage on other machines, and shares its settings
         return any(belongs(name, f"components.{stage}") for stage in STAGES if stage != own)
 
     assert violations([file for file in SOURCES if file.relative_to(COMPONENTS).parts[0] in STAGES], another_stage) == []
@@ -145,7 +145,7 @@ def test_no_file_is_too_long_to_have_one_subject(folders, limit):
 
 
 def test_settings_are_read_without_torch():
-    """A wrong value is told at once, and a machine that only submits runs needs no torch."""
+    """A wrong value is reported immediately, and a machine that only submits runs needs no torch."""
     code = f"""
 import importlib, sys
 for stage in {STAGES}:

@@ -1,5 +1,5 @@
-"""The checkpoint contract: an ordinary Hugging Face folder, checked, loaded and saved here. `files` needs no torch.
+"""The checkpoint contract: an ordinary Hugging Face folder, checked, loaded and saved here. `files` does not need torch.
 
-`AutoModelForCausalLM.from_pretrained` loads the folder with no code of ours; one quantized by optimum-quanto is loaded by
-`QuantizedModelForCausalLM.from_pretrained`. Its `compression.json` is the subject of `components.core.history`.
+`AutoModelForCausalLM.from_pretrained` loads the folder without any code from this project; a checkpoint quantized by
+optimum-quanto needs `QuantizedModelForCausalLM.from_pretrained`. See `components.core.history` for its `compression.json`.
 """

@@ -1,4 +1,4 @@
-"""What can be told of a checkpoint before any of its weights is read."""
+"""Checkpoint checks that do not read any weights."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ from components.core.checkpoint.files import QUANTO_FILE, weight_files
 
 
 def check_checkpoint(parameter: str, path: str | Path, trust_remote_code: bool = False) -> Any:
-    """Check that a folder holds a checkpoint and return its configuration, without reading weights.
+    """Check that a folder holds a checkpoint and return its configuration without reading any weights.
 
     Raises:
-        ValueError: no folder, no readable config.json, or no safetensors weights.
+        ValueError: the path is not a folder, or has no readable config.json or no safetensors weights.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -28,13 +28,13 @@ def check_checkpoint(parameter: str, path: str | Path, trust_remote_code: bool =
 
 
 def check_dense(parameter: str, path: str | Path, config: Any) -> None:
-    """Raise `ValueError` if a checkpoint is quantized: its weights can be neither pruned nor trained."""
+    """Raise `ValueError` if a checkpoint is quantized, since such weights can be neither pruned nor trained."""
     if (Path(path) / QUANTO_FILE).is_file() or getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{parameter} must not be quantized yet, got {path}")
 
 
 def check_seq_len(parameter: str, seq_len: int, config: Any) -> None:
-    """Raise `ValueError` if blocks of `seq_len` tokens do not fit the model's positions."""
+    """Raise `ValueError` if `seq_len` is larger than the model's number of positions."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
         raise ValueError(f"{parameter} must be at most the model's {positions} positions, got {seq_len}")

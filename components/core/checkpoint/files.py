@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint, found without reading a weight."""
+"""Find the weight files of a checkpoint without reading any weights."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ QUANTO_FILE = "quanto_qmap.json"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of its index, else the single one.
+    """The safetensors files of a checkpoint: the single file if there is one, otherwise the shards in its index.
 
     Raises:
-        ValueError: the index is none, or names a file that is not there, elsewhere or of another kind.
+        ValueError: the index is invalid, or names a file that is missing, in another folder or not safetensors.
     """
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
@@ -33,5 +33,5 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_bytes(folder: str | Path) -> int:
-    """Bytes on disk of a checkpoint's weights."""
+    """Size of a checkpoint's weights on disk, in bytes."""
     return sum(file.stat().st_size for file in weight_files(Path(folder)))

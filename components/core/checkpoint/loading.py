@@ -1,4 +1,4 @@
-"""Load any checkpoint of ours: dense, sparse or quantized."""
+"""Load a dense, sparse or quantized checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from components.core.checkpoint.checks import check_checkpoint
 from components.core.checkpoint.files import QUANTO_FILE
 from components.core.progress import quiet_bars
 
-transformers_logging.disable_progress_bar()  # control characters have no place in a pod's log
+transformers_logging.disable_progress_bar()  # a pod's log should not contain control characters
 
 
 def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load any checkpoint of ours, dense, sparse or quantized, in evaluation mode.
+    """Load a dense, sparse or quantized checkpoint in evaluation mode.
 
     Raises:
-        ValueError: the folder is no checkpoint or its weights do not fit its configuration.
+        ValueError: the folder is not a checkpoint, or its weights do not match its configuration.
     """
     config = check_checkpoint("model folder", path, trust_remote_code)
     try:
@@ -33,7 +33,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust
         else:
             more: dict[str, Any] = {"dtype": dtype}
             if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "compressed-tensors":
-                # decompress now, not in the first forward of the whole model: we call its decoder alone
+                # decompress now, not in the first forward pass of the whole model: we call its decoder directly
                 more = {"dtype": "auto", "quantization_config": CompressedTensorsConfig(run_compressed=False)}
             with quiet_bars():
                 model, report = AutoModelForCausalLM.from_pretrained(
@@ -41,7 +41,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
                     output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # they are told below, by name
+                    ignore_mismatched_sizes=True,  # reported below, by name
                     **more,
                 )
             for name, found, expected in sorted(report["mismatched_keys"]):
@@ -54,10 +54,10 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust
 
 
 def dequantize(model: nn.Module) -> None:
-    """Replace optimum-quanto's linears by plain ones with the same weights, in place.
+    """Replace optimum-quanto's linear layers in place with plain ones that have the same weights.
 
-    On recent GPUs its float8 weights would be repacked for kernels that it compiles with nvcc, which an image for running
-    models does not have.
+    On recent GPUs, optimum-quanto would repack its float8 weights for kernels that it compiles with nvcc, which a runtime
+    image does not have.
     """
     from optimum.quanto import QLinear
 
@@ -74,11 +74,11 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     """Load a checkpoint's tokenizer.
 
     Raises:
-        ValueError: the folder has none.
+        ValueError: the folder has no tokenizer that transformers can read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what some classes make where there are no files
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what some classes build if the files are missing
             raise ValueError("it has special tokens alone")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must hold a tokenizer that transformers can read: {error}") from error
@@ -86,7 +86,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """The model of a configuration without memory for its weights, to look at names and shapes."""
+    """Build a model from its configuration without allocating its weights, to inspect names and shapes."""
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model

@@ -1,4 +1,4 @@
-"""Write a checkpoint such that transformers and inference servers load it."""
+"""Write a checkpoint that transformers and inference servers can load."""
 
 import json
 import struct
@@ -12,10 +12,10 @@ from components.core.files import write_json
 
 
 def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model and tokenizer into `folder`, such that transformers and servers load it.
+    """Write the model and its tokenizer to `folder` so that transformers and inference servers can load it.
 
     Raises:
-        OSError: the disk is full or cannot be written.
+        OSError: the disk is full or not writable.
     """
     try:
         model.save_pretrained(folder)
@@ -26,14 +26,14 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _write_index(folder: Path) -> None:
-    """Give a single-file checkpoint an index as well.
+    """Write an index for a single-file checkpoint as well.
 
-    Servers that read `*.safetensors` (vLLM, SGLang) go by the index where there is one, so that a mask in the same
-    folder is never taken for weights.
+    Servers that read `*.safetensors` (vLLM, SGLang) follow the index if there is one, so they never mistake a mask in the
+    same folder for weights.
     """
     if (folder / INDEX_FILE).exists():
         return
-    with (folder / WEIGHTS_FILE).open("rb") as file:  # a safetensors file opens with its header's length and JSON
+    with (folder / WEIGHTS_FILE).open("rb") as file:  # a safetensors file starts with the length and the JSON of its header
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     names = [name for name in header if name != "__metadata__"]
     total = sum(header[name]["data_offsets"][1] - header[name]["data_offsets"][0] for name in names)

@@ -1,4 +1,4 @@
-"""The mask's file as bytes: its names and its fingerprint, for programs without torch."""
+"""The mask file, its names and its fingerprint, for programs without torch."""
 
 import hashlib
 import json
@@ -12,10 +12,10 @@ OLD_MASK_FILE = "sparsity_mask.pt"
 
 
 def find_mask(path: str | Path) -> Path:
-    """The mask's file, given as such or as a folder that holds it.
+    """Find the mask file, given its own path or that of its folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no mask file.
     """
     file = Path(path)
     if file.is_dir():
@@ -26,7 +26,7 @@ def find_mask(path: str | Path) -> Path:
 
 
 def fingerprint(entries: Iterable[tuple[str, list[int], bytes]]) -> str:
-    """SHA-256 over (name, shape, packed bits) of each masked weight, whatever their order."""
+    """SHA-256 over (name, shape, packed bits) of each masked weight, regardless of their order."""
     digest = hashlib.sha256()
     for name, shape, bits in sorted(entries):
         digest.update(json.dumps([name, shape]).encode())
@@ -35,10 +35,10 @@ def fingerprint(entries: Iterable[tuple[str, list[int], bytes]]) -> str:
 
 
 def fingerprint_of_file(file: Path) -> str:
-    """The fingerprint of a mask that lies in a safetensors file.
+    """The fingerprint of a mask in a safetensors file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the file is not a mask.
     """
     try:
         with safe_open(file, framework="numpy") as opened:

@@ -18,13 +18,13 @@ def integrity(weights: Mapping[str, Tensor], mask: Mask, eps: float = 0.0) -> di
 
     Args:
         weights: name → weight, or its quantized data, [*shape of the mask].
-        mask: what must be zero.
-        eps: a magnitude up to this counts as zero.
+        mask: decides which weights must be zero.
+        eps: magnitudes up to this count as zero.
 
     Returns:
-        `passed`, `sparsity` (of the mask), `violations` (weights outside the mask above eps, or not finite), `max_abs` (the
-        largest of them), `eps`, and `tensors`, which holds, for each tensor with a fault, what is wrong with it; a kept
-        weight that is not finite is a fault too.
+        `passed`, `sparsity` (of the mask), `violations` (number of weights outside the mask that exceed eps or are not
+        finite), `max_abs` (the largest of them), `eps`, and `tensors` (name → what is wrong with it, for each faulty
+        tensor; a kept weight that is not finite is a fault too).
     """
     tensors: dict[str, dict[str, Any]] = {}
     violations, largest = 0, 0.0
@@ -53,7 +53,7 @@ def integrity(weights: Mapping[str, Tensor], mask: Mask, eps: float = 0.0) -> di
 
 
 def enforce(result: dict[str, Any]) -> None:
-    """Raise `SparsityError` if an `integrity` result did not pass; names the worst tensor, how many and how large."""
+    """Raise `SparsityError` if an `integrity` result failed, with the number and size of violations and the worst tensor."""
     if result["passed"]:
         return
     name, found = max(result["tensors"].items(), key=lambda entry: entry[1].get("violations", 0))
@@ -66,6 +66,6 @@ def enforce(result: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def apply_mask(weights: Mapping[str, Tensor], mask: Mask) -> None:
-    """Set every weight outside the mask to zero, in place; also where it is NaN or infinite."""
+    """Set every weight outside the mask to zero in place, even if it is NaN or infinite."""
     for name, kept in mask.tensors.items():
         weights[name].masked_fill_(~kept.to(weights[name].device), 0)

@@ -1,7 +1,7 @@
-"""The sparsity mask: one bit a weight, 1 = kept, in `sparsity_mask.safetensors`.
+"""The sparsity mask: one bit per weight, 1 = kept, in `sparsity_mask.safetensors`.
 
 Each entry is named after the weight it masks and holds its bits in row-major order, eight to a byte, the first in the
-lowest bit, the last byte padded with zeros. The file's metadata holds the shapes, the pattern and the sparsity asked for.
+lowest bit, the last byte padded with zeros. The file's metadata holds the shapes, the pattern and the requested sparsity.
 """
 
 import json
@@ -28,7 +28,7 @@ class Mask:
     Attributes:
         tensors: name of a weight → bool tensor of the weight's shape, True = kept.
         pattern: `unstructured` or `N:M`.
-        sparsity: share of zeros asked for; None in a mask of the older form, which does not say.
+        sparsity: requested share of zeros; None for a mask in the older format, which does not record it.
     """
 
     tensors: dict[str, Tensor]
@@ -46,7 +46,7 @@ class Mask:
 
 
 def pruned_count(sparsity: float, numel: int) -> int:
-    """How many of `numel` weights a sparsity removes: rounded to the nearest."""
+    """How many of `numel` weights a sparsity removes, rounded to the nearest integer."""
     return int(sparsity * numel + 0.5)
 
 
@@ -62,10 +62,10 @@ def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
 
 
 def save_mask(mask: Mask, path: str | Path) -> None:
-    """Write a mask, atomically.
+    """Write a mask atomically.
 
     Raises:
-        OSError: the disk is full or cannot be written.
+        OSError: the disk is full or not writable.
     """
     metadata = {
         "format": FORMAT,
@@ -81,12 +81,12 @@ def save_mask(mask: Mask, path: str | Path) -> None:
 
 
 def load_mask(path: str | Path) -> Mask:
-    """Read a mask from a file, or from a folder that holds one.
+    """Read a mask from its file, or from the folder that contains it.
 
-    The older form, `sparsity_mask.pt`, a pickled dictionary of bool tensors, is read without running any code in it.
+    The older format, `sparsity_mask.pt`, is a pickled dictionary of bool tensors; no code in it is run.
 
     Raises:
-        ValueError: no such file, or not a mask.
+        ValueError: the file does not exist or is not a mask.
     """
     file = find_mask(path)
     return _load_old(file) if file.suffix == ".pt" else _load_packed(file)
@@ -121,7 +121,7 @@ def _load_packed(file: Path) -> Mask:
 def _load_old(file: Path) -> Mask:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch raises depends on the byte where a file is broken
+    except Exception as error:  # what torch raises depends on where the file is corrupt
         raise ValueError(f"mask_file must be a dictionary of bool tensors, got {file}: {error}") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"mask_file must be a dictionary of bool tensors, got {type(content).__name__} in {file}")

@@ -1,4 +1,4 @@
-"""What of a model is pruned, trained under the mask and quantized: its linear layers, all but the head."""
+"""What is pruned, trained under the mask and quantized: all linear layers of a model except the head."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,13 +9,13 @@ from components.core.mask.mask import Mask
 
 
 def head_name(model: Any) -> str:
-    """Name of the module that makes the logits."""
+    """Name of the module that computes the logits."""
     head = model.get_output_embeddings()
     return next(str(name) for name, module in model.named_modules() if module is head)
 
 
 def prunable_weights(model: Any) -> dict[str, Tensor]:
-    """What is pruned, trained and quantized: the weights of all linears but the head, by name."""
+    """The weights that are pruned, trained and quantized, by name: those of all linear layers except the head."""
     head = head_name(model)
     return {
         f"{name}.weight": module.weight
@@ -30,17 +30,17 @@ def weight_shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def check_mask(mask: Mask, model: Any) -> None:
-    """Check that a mask belongs to a model and masks nothing but linears outside the head. Raises ValueError."""
+    """Check that a mask fits a model and only masks linear layers other than the head. Raises ValueError."""
     check_fits(mask, weight_shapes(model))
     for name in sorted(mask.tensors.keys() - prunable_weights(model).keys()):
         raise ValueError(f"mask_file must mask linear layers other than the head, got {name}")
 
 
 def check_fits(mask: Mask, shapes: Mapping[str, Iterable[int]]) -> None:
-    """Check that a mask belongs to a model with weights of these shapes.
+    """Check that a mask fits a model with weights of these shapes.
 
     Raises:
-        ValueError: a masked tensor is missing in the model or has another shape; names it.
+        ValueError: the mask is empty, or a masked tensor is missing from the model or has another shape there.
     """
     if not mask.tensors:
         raise ValueError("mask_file must mask at least one tensor, got none")

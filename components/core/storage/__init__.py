@@ -1,4 +1,4 @@
-"""Folders of files at a place: a bucket or a mounted folder. `place` is what the stages use, the rest are its stores."""
+"""Folders of files in a bucket or a mounted folder. The stages use `place`; the other modules are its stores."""
 
 from components.core.storage.place import (
     check_place,

@@ -4,19 +4,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-WORKERS = 8  # transfers at once
-CHUNK = 16 * 2**20  # bytes of a piece of a large file; WORKERS of them are in memory at once
+WORKERS = 8  # parallel transfers
+CHUNK = 16 * 2**20  # bytes in one piece of a large file; WORKERS pieces are in memory at once
 
 
 class Held(NamedTuple):
-    """What a store tells of an object: bytes, and the CRC-32C in base64 where the store knows it."""
+    """What a store reports about an object: its size in bytes, and its CRC-32C in base64 if the store knows it."""
 
     size: int
     crc32c: str | None
 
 
 class Store(Protocol):
-    """Objects under one place, by their names relative to it. A missing or closed bucket gives a ValueError or OSError."""
+    """Objects under one place, named relative to it. A missing or inaccessible bucket raises ValueError or OSError."""
 
     def list(self) -> dict[str, Held]:
         """All objects under the place."""
@@ -25,18 +25,18 @@ class Store(Protocol):
         """Write files as objects, in parallel."""
 
     def get(self, files: Mapping[str, Path]) -> None:
-        """Write objects to files, in parallel; the folders of the files exist."""
+        """Write objects to files, in parallel; the files' folders must exist."""
 
     def read(self, name: str) -> bytes:
-        """One small object. FileNotFoundError: there is none."""
+        """Read one small object. Raises FileNotFoundError if it does not exist."""
 
     def write(self, name: str, data: bytes) -> None:
-        """Write one small object at one go, over an earlier one."""
+        """Write one small object atomically, replacing any earlier one."""
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects."""
 
 
 def split(sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
-    """Names of the files of up to `CHUNK` bytes, which travel whole, and of the others, which travel in pieces."""
+    """Split file names into those of up to `CHUNK` bytes, transferred whole, and the others, transferred in pieces."""
     return [name for name in sizes if sizes[name] <= CHUNK], [name for name in sizes if sizes[name] > CHUNK]

@@ -1,4 +1,4 @@
-"""Objects as files of a folder on a mounted volume."""
+"""Objects as files in a folder on a mounted volume."""
 
 import contextlib
 import shutil
@@ -11,7 +11,7 @@ from components.core.storage.base import WORKERS, Held
 
 
 class FolderStore:
-    """A folder of a mounted volume."""
+    """See `components.core.storage.base.Store`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -41,18 +41,18 @@ class FolderStore:
             scratch.write_bytes(data)
 
     def delete(self, names: Iterable[str]) -> None:
-        """See `Store`; folders that this empties go too."""
+        """See `Store`; folders that become empty are removed too."""
         paths = [self.root / name for name in names]
         for path in paths:
             path.unlink(missing_ok=True)
         for folder in sorted({folder for path in paths for folder in path.parents}, reverse=True):
             if folder.is_relative_to(self.root):
-                with contextlib.suppress(OSError):  # it is not empty, or another has removed it
+                with contextlib.suppress(OSError):  # not empty, or already removed by another process
                     folder.rmdir()
 
 
 def _each(work: Callable[[str], object], names: Iterable[str]) -> None:
-    """Do `work` for every name, several at once; the first error ends it."""
+    """Do `work` for every name, several at once; stop at the first error."""
     with ThreadPoolExecutor(WORKERS) as pool:
         for _ in pool.map(work, names):
             pass

@@ -1,9 +1,9 @@
-"""Objects in Google Cloud Storage, moved by the transfer manager of google-cloud-storage.
+"""Objects in Google Cloud Storage, transferred by the transfer manager of google-cloud-storage.
 
-Small files travel whole, many at once; large ones in pieces, several pieces at once (XML multipart upload, ranged reads).
-Threads, not processes: nearly all of the work is done in calls that let other threads run, and forking a process that holds a
-training framework may hang. Every request has the library's time limit and retries (60 s, 120 s).
-An upload that is killed midway may leave pieces that the bucket does not list: a lifecycle rule
+Small files are transferred whole, many at once; large ones in pieces, several at once (XML multipart upload, ranged reads).
+Threads are used, not processes: nearly all of the work is in calls that release the GIL, and forking a process that has loaded
+a training framework may hang. Every request has the library's timeout and retry deadline (60 s, 120 s).
+An upload that is killed midway may leave pieces that do not show up in listings of the bucket; a lifecycle rule
 (`AbortIncompleteMultipartUpload`) removes them.
 """
 
@@ -33,7 +33,7 @@ class GcsStore:
         self.place = f"gs://{bucket}/{prefix}"
         self.prefix = f"{prefix}/" if prefix else ""
         with self._one_line():
-            self.bucket = storage.Client(project=None).bucket(bucket)  # objects need no project
+            self.bucket = storage.Client(project=None).bucket(bucket)  # access to objects needs no project
 
     def list(self) -> dict[str, Held]:
         """See `Store`."""
@@ -63,7 +63,7 @@ class GcsStore:
                 )
 
     def get(self, files: Mapping[str, Path]) -> None:
-        """See `Store`. Checksums are left to the caller, who reads the files once they are written."""
+        """See `Store`. The caller verifies the checksums of the written files."""
         sizes = self.list()
         small, large = split({name: sizes[name].size for name in files})
         with self._one_line():
@@ -79,7 +79,7 @@ class GcsStore:
                     self._blob(name),
                     str(files[name]),
                     chunk_size=CHUNK,
-                    # else the library copies 8 KiB at a time, which threads cannot share
+                    # otherwise the library copies 8 KiB at a time, which does not run in parallel
                     download_kwargs={"single_shot_download": True},
                     crc32c_checksum=False,
                     worker_type=transfer_manager.THREAD,
@@ -92,7 +92,7 @@ class GcsStore:
             try:
                 return bytes(self._blob(name).download_as_bytes(checksum="crc32c"))
             except api.NotFound as error:
-                self.list()  # a missing bucket gives the same answer, but not to this
+                self.list()  # a missing bucket gives the same error here, but a clear one when listed
                 raise FileNotFoundError(f"{self.place} has no {name}") from error
 
     def write(self, name: str, data: bytes) -> None:
@@ -103,7 +103,7 @@ class GcsStore:
     def delete(self, names: Iterable[str]) -> None:
         """See `Store`."""
         with self._one_line():
-            # a request that is sent again may find its work done: missing is as good as deleted
+            # a retried request may find the objects already gone: missing is as good as deleted
             self.bucket.delete_blobs([self._blob(name) for name in names], on_error=lambda _: None, retry=DEFAULT_RETRY)
 
     def _blob(self, name: str) -> Blob:
@@ -111,7 +111,7 @@ class GcsStore:
 
     @contextlib.contextmanager
     def _one_line(self) -> Iterator[None]:
-        """Turn what the library raises into errors that a command ends with in one line."""
+        """Turn the library's exceptions into errors that a command reports in one line."""
         try:
             yield
         except api.NotFound as error:

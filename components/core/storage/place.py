@@ -1,10 +1,11 @@
 """Folders of files at a place: a bucket or a mounted folder.
 
-A place is `gs://bucket/prefix`, `s3://bucket/prefix`, `minio://bucket/prefix` or an absolute folder path. A folder is kept
-there as it is, one object a file, and `complete.json`, written last, lists every file with its size and CRC-32C. So whatever
-stopped halfway has no `complete.json` and is never taken for a whole one, and what comes back is checked to the last byte.
-Empty folders are not kept. Credentials come from where the client libraries look for them: Application Default Credentials
-for gs://, AWS_ACCESS_KEY_ID and its like, or a role, for s3://, MINIO_ACCESS_KEY and MINIO_SECRET_KEY before these for minio://.
+A place is `gs://bucket/prefix`, `s3://bucket/prefix`, `minio://bucket/prefix` or an absolute folder path. A folder is stored
+there as it is, one object per file, and `complete.json`, written last, lists every file with its size and CRC-32C. An
+interrupted upload therefore has no `complete.json` and is never mistaken for a complete one, and every byte that is downloaded
+is checked. Empty folders are not stored. Credentials come from where the client libraries look for them: Application Default
+Credentials for gs://; AWS_ACCESS_KEY_ID and related variables, or a role, for s3://; for minio://, the same, after
+MINIO_ACCESS_KEY and MINIO_SECRET_KEY.
 """
 
 import base64
@@ -36,14 +37,14 @@ _BUCKETS = {  # scheme: module of its store, extra that installs it
 
 
 def check_place(parameter: str, place: str) -> None:
-    """Check how a place is written; nothing is asked of any server.
+    """Check the syntax of a place without contacting a server.
 
     Args:
-        parameter: name of the setting, for the message.
-        place: what must be a place.
+        parameter: name of the setting, for the error message.
+        place: the value to check.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a valid place.
     """
     scheme, found, path = place.partition("://")
     parts = path.split("/") if found else place.split("/")[1:]
@@ -57,14 +58,14 @@ def check_place(parameter: str, place: str) -> None:
 
 
 def check_writable(parameter: str, place: str) -> None:
-    """Write and delete a small object, so that a missing bucket or right is told before any heavy work.
+    """Write and delete a small object, so that a missing bucket or permission is reported before any heavy work.
 
     Args:
-        parameter: name of the setting, for the message.
-        place: where something is to be written later.
+        parameter: name of the setting, for the error message.
+        place: where output will be written later.
 
     Raises:
-        ValueError: it is no place, or nothing can be written there.
+        ValueError: the place is invalid or not writable.
     """
     check_place(parameter, place)
     try:
@@ -79,15 +80,15 @@ def check_writable(parameter: str, place: str) -> None:
 
 
 def upload(folder: Path, place: str) -> None:
-    """Copy a folder to a place. What an earlier try left there is replaced.
+    """Copy a folder to a place, replacing whatever an earlier attempt left there.
 
     Args:
-        folder: what to copy; holds at least one file and no `complete.json`.
-        place: where to; must not be complete yet.
+        folder: the source; holds at least one file and no `complete.json`.
+        place: the destination; must not be complete yet.
 
     Raises:
-        ValueError: the place is complete already, or an object is not what was sent.
-        OSError: the place could not be written, after the retries of its library.
+        ValueError: the place, or one below it, is already complete, or an object differs from what was sent.
+        OSError: the place could not be written to, after the client library's retries.
     """
     check_place("place", place)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -108,15 +109,15 @@ def upload(folder: Path, place: str) -> None:
 
 
 def download(place: str, folder: Path) -> None:
-    """Copy what `upload` put at a place to a new folder, which appears whole or not at all.
+    """Copy a folder that `upload` stored to a new local folder, which appears complete or not at all.
 
     Args:
-        place: where from.
+        place: the source.
         folder: the folder to be created.
 
     Raises:
         ValueError: the place is not complete, an object is missing or differs, or the folder exists.
-        OSError: the place could not be read, after the retries of its library.
+        OSError: the place could not be read, after the client library's retries.
     """
     check_place("place", place)
     store = open_store(place)
@@ -138,7 +139,7 @@ def download(place: str, folder: Path) -> None:
 
 
 def is_complete(place: str) -> bool:
-    """Whether an upload to the place came to its end."""
+    """Whether an upload to the place has been completed."""
     check_place("place", place)
     try:
         open_store(place).read(COMPLETE)
@@ -148,7 +149,7 @@ def is_complete(place: str) -> bool:
 
 
 def write_bytes(place: str, data: bytes) -> None:
-    """Write one small object, over an earlier one."""
+    """Write one small object, replacing any earlier one."""
     check_place("place", place)
     parent, _, name = place.rpartition("/")
     open_store(parent).write(name, data)
@@ -158,7 +159,7 @@ def read_bytes(place: str) -> bytes:
     """Read one small object.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
     """
     check_place("place", place)
     parent, _, name = place.rpartition("/")
@@ -166,14 +167,14 @@ def read_bytes(place: str) -> bytes:
 
 
 def remove(place: str) -> None:
-    """Delete everything under a place; each `complete.json` first, so that what is left after a failure is not complete."""
+    """Delete everything under a place, every `complete.json` first, so that nothing counts as complete after a failure."""
     check_place("place", place)
     store = open_store(place)
     store.delete(sorted(store.list(), key=lambda name: PurePosixPath(name).name != COMPLETE))
 
 
 def open_store(place: str) -> Store:
-    """The store of a place; imports the client library of its scheme and no other."""
+    """The store for a place; imports only the client library for its scheme."""
     scheme, found, path = place.partition("://")
     if not found:
         return FolderStore(Path(place))
@@ -187,14 +188,14 @@ def open_store(place: str) -> Store:
 
 
 def _check_writable_folder(folder: Path) -> None:
-    """Write a file without a name to the lowest folder on the way that exists."""
+    """Write an unnamed temporary file to the deepest folder on the path that exists."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     with tempfile.TemporaryFile(dir=existing) as file:
         file.write(b"x")
 
 
 def _checksum(path: Path) -> Held:
-    """Size and CRC-32C of a file, in pieces, so that shards of many gigabytes pass."""
+    """Size and CRC-32C of a file, read in pieces because a shard may be many gigabytes."""
     crc, size = google_crc32c.Checksum(), 0
     with path.open("rb") as file:
         while piece := file.read(_PIECE):
@@ -210,7 +211,7 @@ def _checksums(files: Mapping[str, Path]) -> dict[str, Held]:
 
 
 def _check_held(store: Store, place: str, sums: Mapping[str, Held]) -> None:
-    """Compare what the store says it holds with what it must hold.
+    """Check that the store reports every object with the expected size and checksum.
 
     Raises:
         ValueError: an object is missing or differs.
@@ -223,10 +224,10 @@ def _check_held(store: Store, place: str, sums: Mapping[str, Held]) -> None:
 
 
 def _parse(data: bytes, place: str) -> dict[str, Held]:
-    """What `complete.json` lists.
+    """Parse `complete.json`.
 
     Raises:
-        ValueError: it is damaged, or a name in it would lead out of the folder that it is downloaded to.
+        ValueError: it is malformed, or a name in it leads outside the folder that it is downloaded to.
     """
     try:
         sums = {str(name): Held(int(held["size"]), str(held["crc32c"])) for name, held in json.loads(data)["files"].items()}
@@ -241,7 +242,7 @@ def _parse(data: bytes, place: str) -> dict[str, Held]:
 
 @contextlib.contextmanager
 def _measured(what: str, place: str, sizes: list[int]) -> Iterator[None]:
-    """Log how much was moved and how fast, when the block ends well."""
+    """Log how much was transferred and how fast, if the block succeeds."""
     start = time.monotonic()
     yield
     seconds, megabytes = time.monotonic() - start, sum(sizes) / 1e6

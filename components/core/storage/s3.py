@@ -1,7 +1,7 @@
-"""Objects in S3 or in a store that speaks its protocol, such as MinIO, moved by s3fs.
+"""Objects in S3 or an S3-compatible store such as MinIO, transferred by s3fs.
 
-Small files travel whole, many at once; large ones in pieces, several pieces at once (multipart upload, ranged reads). Every
-request has the time limits and retries of botocore, and s3fs tries a failed one again.
+Small files are transferred whole, many at once; large ones in pieces, several at once (multipart upload, ranged reads). Every
+request has botocore's timeouts and retries, and s3fs retries failed ones again.
 """
 
 import contextlib
@@ -14,16 +14,16 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 from components.core.storage.base import CHUNK, WORKERS, Held, split
 
-_MINIO = "http://minio-service.kubeflow:9000"  # where Kubeflow Pipelines runs its own
+_MINIO = "http://minio-service.kubeflow:9000"  # the one that Kubeflow Pipelines runs
 
 
 def open_store(scheme: str, bucket: str, prefix: str) -> "S3Store":
     """The store at `s3://bucket/prefix` or `minio://bucket/prefix`."""
     root = f"{bucket}/{prefix}".rstrip("/")
     if scheme == "s3":
-        return S3Store(f"s3://{root}", root)  # botocore reads AWS_ENDPOINT_URL, if any
+        return S3Store(f"s3://{root}", root)  # botocore reads AWS_ENDPOINT_URL if it is set
     endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("MINIO_ENDPOINT") or _MINIO
-    # names of their own: in a pod that also reaches s3:// these keys must not stand in for its role
+    # separate variables: in a pod that also uses s3://, these keys must not replace its role
     login = {"key": os.environ.get("MINIO_ACCESS_KEY"), "secret": os.environ.get("MINIO_SECRET_KEY")}
     return S3Store(f"minio://{root}", root, endpoint_url=endpoint if "://" in endpoint else f"http://{endpoint}", **login)
 
@@ -36,14 +36,14 @@ class S3Store:
         self.files = s3fs.S3FileSystem(
             **server,
             config_kwargs={"retries": {"mode": "standard", "max_attempts": 5}},
-            use_listings_cache=False,  # others write there too
+            use_listings_cache=False,  # other processes write there too
         )
 
     def list(self) -> dict[str, Held]:
         """See `Store`."""
         with self._one_line():
             found = self.files.find(self.root, detail=True)
-        start = f"{self.root}/"  # an object of the very name of the place is not under it
+        start = f"{self.root}/"  # an object named exactly like the place is not under it
         return {path.removeprefix(start): Held(held["size"], None) for path, held in found.items() if path.startswith(start)}
 
     def put(self, files: Mapping[str, Path]) -> None:
@@ -86,7 +86,7 @@ class S3Store:
     def delete(self, names: Iterable[str]) -> None:
         """See `Store`."""
         with self._one_line():
-            for name in names:  # not `rm`, which takes a name for a pattern
+            for name in names:  # not `rm`, which treats a name as a pattern
                 self.files.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
@@ -94,7 +94,7 @@ class S3Store:
 
     @contextlib.contextmanager
     def _one_line(self) -> Iterator[None]:
-        """Turn what the libraries raise into errors that a command ends with in one line."""
+        """Turn the libraries' exceptions into errors that a command reports in one line."""
         try:
             yield
         except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The checkpoint contract: loads with transformers alone, and tells its history."""
+"""The checkpoint contract: it loads with plain transformers and records its history."""
 
 import json
 import pickle
@@ -61,7 +61,7 @@ def test_load_model_in_the_dtype_asked_for(checkpoint):
     assert {weight.dtype for weight in load_model(checkpoint, torch.bfloat16, CPU).parameters()} == {torch.bfloat16}
 
 
-def test_index_lists_the_weights_alone_though_a_mask_lies_beside(model, tmp_path):
+def test_the_index_lists_only_the_weights_though_a_mask_is_beside_them(model, tmp_path):
     save_mask(Mask({"model.norm.weight": torch.ones(64, dtype=torch.bool)}), tmp_path / MASK_FILE)
     save_checkpoint(model, tiny_tokenizer(), tmp_path)
     stored = load_file(tmp_path / WEIGHTS_FILE)
@@ -85,7 +85,7 @@ def test_shards_are_found_by_the_index(sharded):
 
 def test_saving_a_model_leaves_an_index_with_shards_as_it_is(sharded, tmp_path):
     class Saved:
-        """Writes shards, as transformers does above its size for one file."""
+        """Saves in shards, as transformers does above its maximum file size."""
 
         def save_pretrained(self, folder):
             tiny_model().save_pretrained(folder, max_shard_size="200KB")
@@ -121,7 +121,7 @@ def test_check_checkpoint_returns_the_configuration(checkpoint):
     assert (config.model_type, config.hidden_size, config.tie_word_embeddings) == ("qwen3", 64, True)
 
 
-def test_what_is_no_folder_is_refused(tmp_path):
+def test_what_is_not_a_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "nothing", tmp_path / "file"):
         with pytest.raises(ValueError, match=f"^model_id must be a folder with a Hugging Face checkpoint, got {path}$"):
@@ -141,7 +141,7 @@ def test_a_configuration_that_cannot_be_read_is_refused(changed, content):
         check_checkpoint("student_model", changed)
 
 
-def test_pickled_weights_alone_are_refused_and_never_read(changed):
+def test_a_checkpoint_with_only_pickled_weights_is_refused_unread(changed):
     trace = changed / "trace"
 
     class RunsCode:

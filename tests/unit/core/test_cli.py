@@ -1,4 +1,4 @@
-"""The command line of a stage: how it ends."""
+"""How the command line of a stage exits."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""Every kind of corpus spec, and every wrong one."""
+"""Every kind of corpus spec, valid and invalid."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from components.core.corpus import (
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """What `datasets` converts stays out of the home folder."""
+    """Keep what `datasets` converts out of the home folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
@@ -257,7 +257,7 @@ def test_python_docs_are_at_the_revision_of_their_python():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands in for the download only: what is asked for, and splits to answer with."""
+    """A stand-in for the download: the requests it received, and the splits it answers with."""
     asked, splits = [], {}
 
     def load_dataset(name, config, revision):

@@ -32,7 +32,7 @@ def test_directory_appears_whole_at_the_end(tmp_path):
     target = tmp_path / "deep" / "out"
     with new_directory(target) as scratch:
         (scratch / "a.txt").write_text("a")
-        assert scratch.parent == target.parent  # a sibling: the rename stays on one disk
+        assert scratch.parent == target.parent  # a sibling, so that the rename stays on one disk
         assert not target.exists()
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     assert (target / "a.txt").read_text() == "a"
@@ -119,7 +119,7 @@ def test_file_is_as_before_after_a_failure(tmp_path, failure):
 
 def test_file_is_readable_by_others_whoever_wrote_it(tmp_path, usual_umask):
     with new_file(tmp_path / "w.safetensors") as scratch:
-        save_file({"w": torch.zeros(2)}, scratch)  # makes its files private
+        save_file({"w": torch.zeros(2)}, scratch)  # creates private files
     write_json(tmp_path / "a.json", {})
     assert {path.name: mode(path) for path in tmp_path.iterdir()} == {"w.safetensors": 0o644, "a.json": 0o644}
 
@@ -138,7 +138,7 @@ def test_json_refuses_what_is_not_json(tmp_path, value):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}"])
-def test_a_file_that_is_no_json_is_named(tmp_path, content):
+def test_a_file_that_is_not_json_is_named(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.json must be a JSON file"):
         read_json(tmp_path / "a.json")
@@ -167,7 +167,7 @@ def test_check_new_refuses_a_place_under_a_file(tmp_path):
 
 @contextlib.contextmanager
 def ordinary_user():
-    """Root may write anywhere: be nobody for a while."""
+    """Become nobody for a while, since root may write anywhere."""
     if os.geteuid() != 0:
         yield
         return

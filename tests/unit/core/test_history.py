@@ -1,4 +1,4 @@
-"""The history of a checkpoint grows by a step a stage, and is refused where it is none."""
+"""The history of a checkpoint grows by one step per stage, and an invalid one is rejected."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def test_a_history_begins_at_the_folder_itself(checkpoint):
     assert read_history(checkpoint) == {"format": 1, "source": {"model_id": str(checkpoint), "revision": None}, "steps": []}
 
 
-def test_history_grows_by_one_step_a_stage(checkpoint, tmp_path):
+def test_history_grows_by_one_step_per_stage(checkpoint, tmp_path):
     history = {"format": 1, "source": {"model_id": "owner/name", "revision": "abc"}, "steps": []}
     folders = []
     for number, stage in enumerate(("fetch", "prune", "distill")):
@@ -65,13 +65,13 @@ def test_a_record_with_what_is_not_finite_is_refused(changed, value):
     assert {file.name for file in changed.iterdir()} == before
 
 
-def test_a_file_that_is_no_record_is_refused(tmp_path):
+def test_a_file_that_is_not_a_record_is_refused(tmp_path):
     (tmp_path / "a.json").write_text('{"stage": "prune", "unknown": 1}')
     with pytest.raises(ValueError, match=r"a\.json must be a stage record"):
         StageRecord.load(tmp_path / "a.json")
 
 
-def test_a_perplexity_is_known_for_its_own_text_alone():
+def test_a_perplexity_is_known_only_for_its_own_text():
     measured = {"perplexity": 3.5, "perplexity_text": "this"}
     history = {"steps": [{"measured": {"perplexity": 9.0, "perplexity_text": "that"}}, {"measured": measured}]}
     assert known_perplexity(history, "this") == 3.5

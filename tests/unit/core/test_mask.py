@@ -1,4 +1,4 @@
-"""The mask file: bits on disk, both forms, refusals, and the invariant that it stands for."""
+"""The mask file: its bits on disk, both forms, what is rejected, and the invariant that it stands for."""
 
 import contextlib
 import json
@@ -51,7 +51,7 @@ def test_round_trip_of_a_transposed_mask_keeps_row_major_order(tmp_path):
     assert torch.equal(load_mask(tmp_path / MASK_FILE).tensors["w"], kept)
 
 
-def test_one_bit_a_weight_on_disk(tmp_path):
+def test_one_bit_per_weight_on_disk(tmp_path):
     shapes = {"a": (1024, 512), "b": (3, 5)}
     save_mask(Mask(random_mask(**shapes)), tmp_path / MASK_FILE)
     with safe_open(tmp_path / MASK_FILE, framework="pt") as file:
@@ -139,7 +139,7 @@ def test_folder_gives_the_new_form_first_then_the_old(tmp_path):
 
 
 class RunsCode:
-    """Unpickling this makes a file."""
+    """Unpickling this creates a file."""
 
     def __init__(self, path) -> None:
         self.path = path
@@ -161,7 +161,7 @@ def test_code_in_an_old_mask_is_refused_and_not_run(tmp_path, container):
     assert not trace.exists()
     with contextlib.suppress(RuntimeError):
         torch.load(file, weights_only=False)
-    assert trace.exists()  # the file is harmful indeed
+    assert trace.exists()  # the file really is harmful
 
 
 @pytest.mark.parametrize(
@@ -330,10 +330,10 @@ def test_integrity_finds_a_wrong_sparsity():
     assert found["tensors"] == {"a.weight": {"pruned": 12, "asked_for": 8}}
     with pytest.raises(SparsityError, match=r"a\.weight: \{'pruned': 12, 'asked_for': 8\}"):
         enforce(found)
-    assert integrity({"a.weight": torch.zeros(4, 4)}, Mask(mask.tensors))["passed"]  # none was asked for
+    assert integrity({"a.weight": torch.zeros(4, 4)}, Mask(mask.tensors))["passed"]  # no sparsity was requested
 
 
-def test_apply_mask_zeroes_in_place_also_nan_and_infinity():
+def test_apply_mask_zeroes_in_place_even_nan_and_infinity():
     mask = half_mask()
     weights = {name: torch.ones(4, 4) for name in mask.tensors}
     weights["a.weight"][0, 1], weights["a.weight"][0, 3] = float("nan"), float("inf")

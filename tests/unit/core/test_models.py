@@ -1,6 +1,6 @@
-"""Where a model comes from: what the hub answers, told in one line, and folders that change.
+"""Where a model comes from: the hub's answers, reported in one line, and folders that change.
 
-The hub is a small server on this machine; the stages run in a process of their own that is pointed at it.
+The hub is a small server on this machine; the stages run in a separate process that is pointed at it.
 """
 
 import functools
@@ -24,7 +24,7 @@ from tests.conftest import save_tiny
 
 MAIN, OLDER = "a" * 40, "b" * 40
 
-# runs one stage after another as `python -m` does, so that torch is imported once for all cases
+# runs one stage after another as `python -m` does, in one process so that torch is imported only once
 RUN_CASES = """
 import contextlib, io, json, runpy, sys, warnings
 warnings.simplefilter("ignore", RuntimeWarning)
@@ -43,7 +43,7 @@ for module, arguments in json.loads(sys.argv[1]):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as looking up and downloading take."""
+    """The part of the hub's API that looking up and downloading models requires."""
 
     # name → {"files": {path: bytes}}, or {"refusal": (status, X-Error-Code), "of": "api" | "files"}
     repositories: ClassVar[dict] = {}
@@ -95,7 +95,7 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *_) -> None:
-        """Keep quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def environment(endpoint: str, home: Path) -> dict[str, str]:
 
 
 def run_cases(endpoint: str, home: Path, cases: list[tuple[str, list[str]]]) -> list[dict]:
-    """Each case is (module, arguments); gives exit code, stdout and stderr of each."""
+    """Run cases of (module, arguments); return exit code, stdout and stderr of each."""
     run = subprocess.run(
         [sys.executable, "-c", RUN_CASES, json.dumps(cases)],
         env=environment(endpoint, home),

@@ -1,4 +1,4 @@
-"""Perplexity against the plain formula, and the models that it does not fit."""
+"""Perplexity compared with the plain formula, and models that are not supported."""
 
 import math
 import re
@@ -33,15 +33,15 @@ def test_equals_the_plain_formula(model, blocks, seq_len):
     ids = random_blocks(blocks, seq_len)
     expected = plain_perplexity(model, ids)
     assert perplexity(model, ids) == pytest.approx(expected, rel=1e-5)
-    assert abs(expected - SMALL["vocab_size"]) > 1  # far from what a model that predicts nothing has
+    assert abs(expected - SMALL["vocab_size"]) > 1  # far from that of uniform predictions
 
 
 @pytest.mark.parametrize(("forward", "chunk"), [(1, 1), (40, 7), (64, 63), (10_000, 10_000)])
 def test_does_not_depend_on_how_it_is_chunked(monkeypatch, forward, chunk):
     model, ids = tiny_model(), random_blocks(5, 32)
     expected = plain_perplexity(model, ids)
-    monkeypatch.setattr(module, "TOKENS_A_FORWARD", forward)
-    monkeypatch.setattr(module, "TOKENS_A_CHUNK", chunk)
+    monkeypatch.setattr(module, "TOKENS_PER_FORWARD", forward)
+    monkeypatch.setattr(module, "TOKENS_PER_CHUNK", chunk)
     assert perplexity(model, ids) == pytest.approx(expected, rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Progress that reads well in a log: plain lines, at once, none too many."""
+"""Progress that reads well in a log: plain lines, written immediately, not too many."""
 
 import io
 import os
@@ -16,7 +16,7 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 @pytest.fixture
 def slow_clock(monkeypatch):
-    """Time that passes only when it is told to."""
+    """A clock that advances only when the test sets it."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -49,7 +49,7 @@ def test_fast_work_gets_a_line_now_and_then_and_one_at_the_end(capsys, slow_cloc
     assert [line.split(",")[0] for line in lines] == ["work: 40/100", "work: 80/100", "work: 100/100"]
 
 
-def test_a_note_is_asked_for_with_each_line_alone(capsys, slow_clock):
+def test_a_note_is_asked_for_only_with_each_line(capsys, slow_clock):
     asked = []
 
     def note() -> str:
@@ -94,7 +94,7 @@ def test_a_terminal_gets_a_bar_with_count_time_left_and_note(monkeypatch, capsys
 
 
 def test_lines_appear_at_once_in_a_pipe():
-    """A pod's log is a pipe: what was logged is there while the work goes on."""
+    """A pod's log is a pipe: lines must be visible while the work is still running."""
     code = "from components.core.progress import log; log('[PPL] x=1'); import os; os._exit(0)"  # no flush at exit
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert (run.stdout, run.stderr) == ("[PPL] x=1\n", "")

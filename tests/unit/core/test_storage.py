@@ -1,7 +1,7 @@
-"""What is put at a place comes back the same or not at all, whatever the scheme and whatever goes wrong on the way.
+"""What is uploaded comes back unchanged or not at all, whatever the scheme and whatever goes wrong on the way.
 
-gs:// runs against gcp-storage-emulator and tests/gcs_server.py (which has the calls that move large files in pieces, and
-runs in a process of its own), s3:// and minio:// against moto's server; all on loopback.
+gs:// runs against gcp-storage-emulator and tests/gcs_server.py (which has the calls that transfer large files in parts, and
+runs in a separate process), s3:// and minio:// against moto's server; all on loopback.
 """
 
 import json
@@ -55,7 +55,7 @@ def servers(tmp_path_factory):
 
 @pytest.fixture
 def connect(servers, monkeypatch):
-    """A function that lets the libraries find the server of a scheme, or what stands before it at `address`."""
+    """A function that points the libraries at the server of a scheme, or at a proxy for it at `address`."""
 
     def to(scheme: str, address: str = "") -> None:
         s3fs.S3FileSystem.clear_instance_cache()
@@ -79,7 +79,7 @@ def place_of(scheme: str, tmp_path: Path) -> str:
 
 @pytest.fixture(params=SCHEMES)
 def place(request, connect, tmp_path) -> str:
-    """A place of each scheme in turn, with nothing there yet."""
+    """An empty place of each scheme in turn."""
     connect(request.param)
     return place_of(request.param, tmp_path)
 
@@ -193,12 +193,12 @@ def test_a_pointer_is_written_over_and_read(place):
         assert storage.read_bytes(f"{place}/latest.json") == data
 
 
-def test_remove_takes_all_under_a_place_and_nothing_beside(place, tmp_path):
+def test_remove_deletes_everything_under_a_place_and_nothing_beside_it(place, tmp_path):
     source = fill(tmp_path / "source", FILES)
     storage.upload(source, f"{place}/a")
     storage.upload(source, f"{place}/a2")
     storage.remove(f"{place}/a")
-    storage.remove(f"{place}/a")  # nothing there any more
+    storage.remove(f"{place}/a")  # nothing is left there
     assert (storage.is_complete(f"{place}/a"), storage.is_complete(f"{place}/a2")) == (False, True)
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(f"{place}/a/config.json")
@@ -207,7 +207,7 @@ def test_remove_takes_all_under_a_place_and_nothing_beside(place, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["gs", "gs in pieces", "s3", "minio"])
-def test_a_missing_bucket_is_told_in_one_line(scheme, connect, tmp_path):
+def test_a_missing_bucket_is_reported_in_one_line(scheme, connect, tmp_path):
     connect(scheme)
     place = f"{scheme.split()[0]}://missing-bucket/x"
     rule = f"{place} must lie in a bucket that exists"
@@ -228,7 +228,7 @@ def test_a_place_that_can_be_written_is_left_as_it_was(place, tmp_path):
         assert open_store(place).list() == {}
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=f"handover must be a place that can be written, got {tmp_path}/file/x"):
         storage.check_writable("handover", f"{tmp_path}/file/x")
@@ -247,7 +247,7 @@ def test_a_place_is_taken(good):
         *("s3://bucket//x", "s3://bucket/x?versionId=1", "s3://bucket/x*"),
     ],
 )
-def test_what_is_no_place_is_refused(wrong):
+def test_what_is_not_a_place_is_refused(wrong):
     for call in (storage.check_place, storage.check_writable):
         with pytest.raises(ValueError, match="handover must be one of gs://bucket/prefix, .* or an absolute folder path, got"):
             call("handover", wrong)
@@ -272,7 +272,7 @@ def test_nothing_is_downloaded_over_a_folder(place, tmp_path):
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """Stands before a server. Once `limit` bytes went to it, the connection is cut, or nothing goes on any more."""
+    """A proxy for a server. Once it has passed on `limit` bytes, it cuts the connection or stalls."""
 
     daemon_threads = True
 
@@ -311,12 +311,12 @@ class Proxy(socketserver.ThreadingTCPServer):
             self.handle_error(request, self.server)
 
     def handle_error(self, request, client_address):
-        """Either side may be gone: that is what is tried here."""
+        """Ignore it: either side may be gone, which is what these tests provoke."""
 
 
 @pytest.fixture
 def proxy(servers):
-    """A function that puts a proxy before the server of a scheme."""
+    """A function that puts a proxy in front of the server of a scheme."""
     proxies = []
 
     def before(scheme: str, limit: int, cut: bool) -> Proxy:
@@ -363,7 +363,7 @@ def test_a_killed_upload_is_not_complete_and_the_next_one_is(scheme, connect, pr
 
 
 @pytest.mark.parametrize(("scheme", "library", "extra"), [("gs", "google.cloud.storage", "gcs"), ("minio", "s3fs", "s3")])
-def test_a_missing_library_is_told_with_its_extra(scheme, library, extra, monkeypatch):
+def test_a_missing_library_is_reported_with_its_extra(scheme, library, extra, monkeypatch):
     monkeypatch.delitem(sys.modules, f"components.core.storage.{extra}", raising=False)
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=rf"{scheme}:// needs pip install 'sparse-distill\[{extra}\]'"):
@@ -381,7 +381,7 @@ print(sorted({{"torch", "google.cloud.storage", "s3fs", "fsspec"}} & sys.modules
     assert run.stdout == "[]\n"
 
 
-def test_no_credentials_are_told_in_one_line(connect, monkeypatch):
+def test_missing_credentials_are_reported_in_one_line(connect, monkeypatch):
     connect("s3")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)

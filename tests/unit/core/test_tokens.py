@@ -72,7 +72,7 @@ def test_random_blocks_are_windows_of_the_stream():
     assert starts.unique().numel() > 25
 
 
-def test_random_blocks_follow_their_seed_alone():
+def test_random_blocks_depend_only_on_their_seed():
     ids = torch.arange(10_000)
     torch.manual_seed(1)
     first = random_blocks(ids, 16, 8, seed=3)
@@ -196,7 +196,7 @@ def test_fewer_blocks_than_asked_for_are_refused(tokenizer, stored):
 
 
 @pytest.mark.parametrize("kind", ["garbage", "truncated", "no such split", "no metadata"])
-def test_what_is_no_tokens_folder_is_refused(tmp_path, tokenizer, stored, kind):
+def test_what_is_not_a_tokens_folder_is_refused(tmp_path, tokenizer, stored, kind):
     file = tmp_path / TOKENS_FILE
     content = (Path(stored) / TOKENS_FILE).read_bytes()
     if kind == "garbage":

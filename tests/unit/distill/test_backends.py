@@ -1,4 +1,4 @@
-"""Every backend and launcher gives the same run; killed runs go on; all by real processes over gloo."""
+"""Every backend and launcher gives the same result, and killed runs resume; with real processes over gloo."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ needs_deepspeed = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, corpus):
-    """A folder with dense and pruned tiny models and a run of one process to compare with."""
+    """A folder with a tiny dense and a tiny pruned model and a single-process run to compare with."""
     folder = tmp_path_factory.mktemp("backends")
     save_pruned(folder, corpus)
     finished(start(folder, corpus, "one", "--batch_size=4"))
@@ -37,7 +37,7 @@ def folder(tmp_path_factory, corpus):
 
 
 def start(folder, corpus, name, *more):
-    """Start the stage from a shell: 20 steps, global batch of 8 blocks unless `more` says otherwise."""
+    """Start the stage as a command: 20 steps, a global batch of 8 blocks unless `more` says otherwise."""
     flags = {
         "teacher_model": folder / "dense",
         "student_model": folder / "pruned",
@@ -61,7 +61,7 @@ def start(folder, corpus, name, *more):
 
 
 def finished(process, code=0):
-    """Wait for a run; its output."""
+    """Wait for a run to end; return its output."""
     try:
         printed = process.communicate(timeout=180)[0]
     finally:
@@ -99,7 +99,7 @@ def two(backend, launcher="torchrun", port=29600, batch=2):
 
 
 def check_like_one(folder, name):
-    """The same loss curve as one process, the same weights nearly, and exact zeros."""
+    """Check for the same loss curve as with one process, nearly the same weights, and exact zeros."""
     assert losses(folder, name) == pytest.approx(losses(folder, "one"), rel=1e-3)
     wanted, found = (load_file(folder / run / "model.safetensors") for run in ("one", name))
     for key, value in wanted.items():
@@ -113,7 +113,7 @@ def check_like_one(folder, name):
 def test_fsdp_is_like_one_process(folder, corpus, launcher):
     printed = finished(start(folder, corpus, f"fsdp-{launcher}", *two("fsdp", launcher)))
     check_like_one(folder, f"fsdp-{launcher}")
-    assert printed.count("[PPL] epoch=1 eval_ppl=") == 1  # one process speaks
+    assert printed.count("[PPL] epoch=1 eval_ppl=") == 1  # only one process prints
 
 
 @needs_deepspeed
@@ -127,7 +127,7 @@ def test_deepspeed_is_like_one_process(folder, corpus, stage, launcher):
 
 @needs_deepspeed
 def test_without_the_mask_on_master_weights_the_check_fails_under_deepspeed(folder, corpus):
-    """The fault that the check is there for: gradients reach pruned weights and nothing sets them back."""
+    """The fault that the check is meant to find: gradients reach pruned weights and nothing resets them."""
     code = (
         "from components.distill import with_deepspeed; with_deepspeed.mask_weights = lambda *_: None;"
         "with_deepspeed.DeepSpeed.step = lambda self: None;"
@@ -172,7 +172,7 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit(folder, corpus, backend, numb
     assert code == (143 if number == signal.SIGTERM else -9)
     assert not (folder / name).exists()
     printed = finished(start(folder, corpus, name, *how, *checkpointed(folder, name)))
-    assert "going on from" in printed
+    assert "resuming from" in printed
     assert losses(folder, name) == losses(folder, whole)
     wanted, found = (load_file(folder / run / "model.safetensors") for run in (whole, name))
     assert all(torch.equal(found[key], value) for key, value in wanted.items())
@@ -182,7 +182,7 @@ def test_fsdp_goes_on_with_another_number_of_processes(folder, corpus):
     more = checkpointed(folder, "reshard")
     stop_after_a_checkpoint(start(folder, corpus, "reshard", *two("fsdp", port=29630), *more), signal.SIGKILL)
     one = ("--backend=fsdp", "--launcher=torchrun", "--batch_size=4", "--master_port=29631")
-    assert "going on from" in finished(start(folder, corpus, "reshard", *one, *more))
+    assert "resuming from" in finished(start(folder, corpus, "reshard", *one, *more))
     check_like_one(folder, "reshard")
 
 

@@ -1,4 +1,4 @@
-"""Training under the mask: zeros stay zero, what is frozen stays, the loop does what the settings say."""
+"""Training under the mask: zeros stay zero, frozen weights do not change, the loop follows the settings."""
 
 import json
 from itertools import pairwise
@@ -74,7 +74,7 @@ def trainer(folder, corpus, tmp_path, cache=None, **changes) -> Trainer:
 
 
 def curve(progress):
-    """The entries of the steps without their times."""
+    """The steps' entries without their times."""
     return [{name: value for name, value in step.items() if name != "seconds"} for step in progress.steps]
 
 

@@ -1,4 +1,4 @@
-"""The chunked loss against a plain formula and autograd."""
+"""The chunked loss compared with a plain formula and autograd."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def case(tokens: int = 37, width: int = 16, vocabulary: int = 51, bias: bool = F
 
 
 def plain(student_hidden, student_head, teacher_hidden, teacher_head, labels, alpha, temperature, kl_direction="forward"):
-    """The formula as it is written, on whole logits."""
+    """The formula written out, on full logits."""
     keep = labels != IGNORED
     student = student_head(student_hidden)[keep].float()
     teacher = teacher_head(teacher_hidden)[keep].float()
@@ -38,7 +38,7 @@ def plain(student_hidden, student_head, teacher_hidden, teacher_head, labels, al
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kl_direction", ["forward", "reverse"])
 def test_equals_the_plain_formula_with_its_gradient(monkeypatch, alpha, temperature, bias, kl_direction):
-    monkeypatch.setattr(loss_module, "TOKENS_A_CHUNK", 8)  # several chunks, the last one short
+    monkeypatch.setattr(loss_module, "TOKENS_PER_CHUNK", 8)  # several chunks, the last one short
     inputs = case(bias=bias)
     inputs["labels"][[0, 5, 36]] = IGNORED
     wanted = plain(**inputs, alpha=alpha, temperature=temperature, kl_direction=kl_direction)
@@ -86,7 +86,7 @@ def test_no_labels_give_zero_with_a_live_graph():
 
 
 def test_half_precision_hidden_states_keep_small_gradients():
-    """Gradients are scaled up in float32 before they become float16, where they would be 0."""
+    """Gradients are scaled up in float32 before conversion to float16, where they would underflow to 0."""
     inputs = {name: value.half() if name != "labels" else value for name, value in case(tokens=4).items()}
     inputs["student_hidden"] = inputs["student_hidden"].detach().requires_grad_()
     found, _, _ = distillation_loss(**inputs, alpha_kd=0.5, temperature=1.0)

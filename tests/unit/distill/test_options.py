@@ -1,4 +1,4 @@
-"""What a run can be asked for: teacher cache, keeping the best, ending early, mixed text, a dense control, TensorBoard."""
+"""Options of a run: teacher cache, keeping the best epoch, early stopping, mixed text, a dense control, TensorBoard."""
 
 import json
 
@@ -13,7 +13,7 @@ from tests.unit.distill.test_distill import pruned, settings, trainer  # noqa: F
 
 
 def count_calls(teacher):
-    """How many training blocks the teacher's model has read, as a list that grows."""
+    """A list that grows by the number of blocks in each forward pass of the teacher's model."""
     seen = []
     teacher.decoder.register_forward_hook(
         lambda _, args, kwargs, output: seen.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -44,7 +44,7 @@ def test_cached_states_are_the_teachers_rounded_and_the_same_each_time(tmp_path)
     first, second = cached.hidden(rows), cached.hidden(rows)
     assert torch.equal(first, second)
     assert torch.equal(first, plain.hidden(rows).to(torch.bfloat16).float())
-    another = Teacher(model, blocks, tmp_path / "cache")  # another process on the same machine
+    another = Teacher(model, blocks, tmp_path / "cache")  # like another process on the same machine
     seen = count_calls(another)
     assert torch.equal(another.hidden(rows), first)
     assert not seen

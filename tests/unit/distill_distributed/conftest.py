@@ -1,4 +1,4 @@
-"""A launcher, or the watch of one, against an API server on loopback: what both kinds of tests need."""
+"""What the tests of the launcher and of its watcher share: an API server on loopback, time and settings."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ JOBS = "/pytorchjobs/"
 
 
 class Clock:
-    """Time that passes only while somebody sleeps."""
+    """A clock that advances only during sleep."""
 
     def __init__(self):
         self.now = 0.0
@@ -36,7 +36,7 @@ class Clock:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, corpus):
-    """Teacher, student and mask; not to be changed."""
+    """Teacher, student and mask; tests must not change them."""
     folder = tmp_path_factory.mktemp("launcher")
     save_pruned(folder, corpus)
     return folder
@@ -44,7 +44,7 @@ def models(tmp_path_factory, corpus):
 
 @pytest.fixture
 def api(monkeypatch, tmp_path):
-    """A fake API server that the kubeconfig leads to; this process is in no pod."""
+    """A fake API server that the kubeconfig points to; this process is not in a pod."""
     monkeypatch.setattr(cluster, "BACKOFF_SECONDS", 0.001)
     monkeypatch.setattr(cluster, "NAMESPACE_FILE", tmp_path / "no-namespace")
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
@@ -56,7 +56,7 @@ def api(monkeypatch, tmp_path):
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
-    """The launcher's time: polling costs none of ours."""
+    """The launcher's clock, so that polling takes no real time."""
     clock = Clock()
     monkeypatch.setattr(watch, "time", clock)
     monkeypatch.setattr(cluster, "time", clock)
@@ -65,7 +65,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def in_pod(monkeypatch, tmp_path, api):
-    """This process is in the pod launcher-1 of run 3f0c; there is a launcher-2 too."""
+    """This process is in the pod launcher-1 of run 3f0c; there is also a launcher-2."""
     (tmp_path / "namespace").write_text(NAMESPACE)
     monkeypatch.setattr(cluster, "NAMESPACE_FILE", tmp_path / "namespace")
     monkeypatch.setenv("KFP_POD_NAME", "launcher-1")
@@ -78,7 +78,7 @@ def in_pod(monkeypatch, tmp_path, api):
 
 @pytest.fixture
 def settings(models, corpus, tmp_path):
-    """Settings of a job of two nodes, which exchange models through a folder."""
+    """Settings of a job with two nodes that exchange models through a folder."""
     return DistillDistributedConfig(
         teacher_model=str(models / "dense"),
         student_model=str(models / "pruned"),
@@ -92,12 +92,12 @@ def settings(models, corpus, tmp_path):
 
 
 def place_of(api, kind="pytorchjob"):
-    """Where the job's command says that inputs and result are."""
+    """The place for inputs and result, from the job's command."""
     return re.search(r'"--place", "([^"]+)"', json.dumps(api.job(kind)))[1]
 
 
 def hand_over_result(api, settings, tmp_path, kind="pytorchjob", **changes):
-    """What the first node does at its end: it writes a record, and a model."""
+    """Do what the first node does at its end: write a record and a model."""
     mask = fingerprint_of_file(find_mask(settings.mask_file))
     record = StageRecord(
         stage="distill",
@@ -114,9 +114,9 @@ def hand_over_result(api, settings, tmp_path, kind="pytorchjob", **changes):
 
 
 def success(api, settings, tmp_path, kind="pytorchjob", **changes):
-    """A job whose inputs are there, that runs and succeeds."""
+    """A job whose inputs are in place, and which runs and succeeds."""
     api.state("Created", kind=kind)
-    for name in ("teacher_model", "student_model", "train_data"):  # the mask lies with the student
+    for name in ("teacher_model", "student_model", "train_data"):  # the mask is in the student's folder
         assert storage.is_complete(f"{place_of(api, kind)}/inputs/{name}")
     yield
     api.run(MASTER, WORKER, kind=kind)
@@ -130,7 +130,7 @@ def success(api, settings, tmp_path, kind="pytorchjob", **changes):
 
 
 def follow(api, story, deadline=3600, kind="pytorchjob"):
-    """Watch a job of two nodes with this story."""
+    """Watch a job with two nodes and this story."""
     api.add_job(kind=kind)
     api.story = story
     Watcher(Cluster.connect(), kind, "distill-1", 2, deadline).follow()
@@ -143,10 +143,10 @@ def ending(api):
 
 
 def shown(capsys, pod=MASTER):
-    """What was printed of a pod's log."""
+    """The lines of a pod's log that were printed."""
     return re.findall(rf"^  {pod}\| (.*)$", capsys.readouterr().out, re.MULTILINE)
 
 
 def asked(api, method, pattern):
-    """The requests of a kind."""
+    """The requests whose method and path match."""
     return [request for request in api.asked if re.match(method, request) and re.search(pattern, request)]

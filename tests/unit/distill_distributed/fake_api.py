@@ -1,7 +1,7 @@
-"""A Kubernetes API server on loopback: kmock, with the selectors and logs that it lacks, and faults.
+"""A Kubernetes API server on loopback: kmock, with the selectors and logs that it lacks, and with faults.
 
-What operators and nodes do is a story, a generator that goes on by one step with each look at a job: so a test says what
-happens between two looks of the launcher, and nothing depends on time. The objects hold all that the client's models want.
+What operators and nodes do is a story, a generator that advances by one step with each request for a job. A test thus defines
+what happens between two polls of the launcher, and nothing depends on time. Objects have all fields that the client requires.
 """
 
 import asyncio
@@ -23,13 +23,13 @@ POD_LABELS = {"pytorchjob": "training.kubeflow.org/job-name", "trainjob": "jobse
 
 
 def refusal(status):
-    """A web answer as Kubernetes refuses a request."""
+    """The response with which Kubernetes rejects a request."""
     body = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": status, "message": "not now"}
     return web.json_response(body, status=status)
 
 
 async def half(raw, answer):
-    """Send the first half of an answer and hang up."""
+    """Send the first half of a response and close the connection."""
     beginning = web.StreamResponse(status=answer.status, headers={"Content-Length": str(len(answer.body))})
     await beginning.prepare(raw)
     await beginning.write(answer.body[: len(answer.body) // 2])
@@ -38,14 +38,14 @@ async def half(raw, answer):
 
 
 class FakeApi(KubernetesEmulator):
-    """State of the server, and what happens next.
+    """The server's state, and what happens next.
 
     Attributes:
-        faults: what goes wrong, [method, pattern of the path, fault, how often]: a fault is a status to answer with, the
-            seconds by which an answer is late, "reset" (no answer, though the request was carried out) or "half" (of one).
-        story: goes on by one step before each answer about a job.
-        lines: (pod, whether of the container's last run) → (time, line) of the log.
-        instead_of_logs: what the kubelet says where it finds no log, as it does, with status 200.
+        faults: what goes wrong, as [method, path pattern, fault, how often]; a fault is a status to answer with, the seconds
+            to delay the answer, "reset" (no answer, although the request was carried out) or "half" (half an answer).
+        story: advances by one step before each answer about a job.
+        lines: (pod, whether from the container's previous run) → (time, line) pairs of the log.
+        instead_of_logs: what the kubelet answers if it finds no log; like the real one, with status 200.
         asked: "METHOD path?query" of each request that reached the server.
     """
 
@@ -76,7 +76,7 @@ class FakeApi(KubernetesEmulator):
         if raw.method == "GET" and re.search("/(pytorchjobs|trainjobs)/", raw.path):
             try:
                 next(self.story, None)
-            except Exception:  # the test is wrong: without a job it ends
+            except Exception:  # the test itself is wrong; without a job it ends
                 self.objects.clear()
                 raise
         answer = await super().__call__(raw)
@@ -85,11 +85,11 @@ class FakeApi(KubernetesEmulator):
         return await half(raw, answer) if kind == "half" else answer
 
     def fail(self, method, path, kind, times=1):
-        """Let requests go wrong."""
+        """Make requests fail."""
         self.faults.append([method, path, kind, times])
 
     def _select(self, request):
-        """A list by its label or field selector, of the form name=value."""
+        """List the objects that match the label or field selector, which has the form name=value."""
         if request.resource not in self.resources:
             raise KubernetesResourceNotFoundError()
         found = [
@@ -117,22 +117,22 @@ class FakeApi(KubernetesEmulator):
         return "".join(f"{time:%Y-%m-%dT%H:%M:%S.%f}000Z {line}\n" for time, line in lines).encode()
 
     def job(self, kind="pytorchjob"):
-        """The one job that there is."""
+        """The only job."""
         (job,) = [thing.raw for (resource, *_), thing in self.jobs(kind).items()]
         return job
 
     def jobs(self, kind="pytorchjob"):
-        """All jobs that there are."""
+        """All jobs."""
         return {
             key: thing for key, thing in self.objects.items() if key[0] == self.resource(RESOURCES[kind]) and not thing.deleted
         }
 
     def add_job(self, name="distill-1", kind="pytorchjob", **metadata):
-        """A job as some launcher has created it."""
+        """Add a job as if a launcher had created it."""
         self.objects[RESOURCES[kind], NAMESPACE, name] = {"metadata": {"name": name, "namespace": NAMESPACE, **metadata}}
 
     def state(self, *types, kind="pytorchjob", reason="", message=""):
-        """What the operator says of the job: conditions, the last with reason and message; earlier ones become false."""
+        """Set the job's conditions as the operator would, the last with reason and message; earlier ones become false."""
         (thing,) = self.jobs(kind).values()
         earlier = [entry["type"] for entry in thing.get("status", {}).get("conditions", []) if entry["type"] not in types]
         conditions = [{"type": each, "status": "False", "reason": each, "message": ""} for each in earlier]
@@ -141,7 +141,7 @@ class FakeApi(KubernetesEmulator):
         thing.patch({"status": {"conditions": conditions}})
 
     def pod(self, name, phase="Running", kind="pytorchjob", unschedulable="", restarts=0, **states):
-        """A pod of the job; `waiting`, `terminated` and `last` are what Kubernetes tells of its container's state."""
+        """Set a pod of the job; `waiting`, `terminated` and `last` are its container's states as Kubernetes reports them."""
         (job,) = self.jobs(kind).values()
         scheduled = {"type": "PodScheduled", "status": "False" if unschedulable else "True"}
         if unschedulable:
@@ -159,17 +159,17 @@ class FakeApi(KubernetesEmulator):
         }
 
     def run(self, *pods, phase="Running", kind="pytorchjob"):
-        """All pods in the same phase."""
+        """Put all pods in the same phase."""
         for pod in pods:
             self.pod(pod, phase, kind)
 
     def say(self, pod, *lines, previous=False, age=0.0):
-        """Lines of a pod's log, of so many seconds ago; those of one call have the same time."""
+        """Add lines to a pod's log, from `age` seconds ago; those of one call have the same time."""
         time = datetime.now(UTC) - timedelta(seconds=age)
         self.lines.setdefault((pod, previous), []).extend((time, line) for line in lines)
 
     def warn(self, about, reason, message):
-        """An event that warns."""
+        """Add a warning event."""
         name = f"event-{next(self.events)}"
         self.objects["v1/events", NAMESPACE, name] = {
             "metadata": {"name": name},
@@ -186,7 +186,7 @@ def ended(code, reason, identity="first"):
 
 
 def kubeconfig(api):
-    """Text of a kubeconfig that leads to the server."""
+    """Text of a kubeconfig that points to the server."""
     config = {
         "apiVersion": "v1",
         "kind": "Config",

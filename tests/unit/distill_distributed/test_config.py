@@ -55,7 +55,7 @@ def test_a_wrong_value_is_named(good, changes, said):
 
 
 def test_unset_pod_settings_are_left_out(good):
-    """Outside of a cluster KFP gives None for each of them."""
+    """Outside a cluster, KFP passes None for each of them."""
     pod = {"env": None, "tolerations": [], "node_selector": {"pool": "a100"}}
     assert DistillDistributedConfig(**good, pod=json.dumps(pod)).pod_settings() == {"node_selector": {"pool": "a100"}}
 
@@ -92,7 +92,7 @@ def test_tries_of_a_task_share_a_name_and_no_others_do(good, tmp_path):
     name = job_name("run", first)
     assert name == job_name("run", first)
     assert len({name, job_name("other", first), job_name("run", second)}) == 3
-    assert len(name) < 40  # the operator appends the replica, and a Service's name has 63 characters
+    assert len(name) < 40  # the operator appends the replica, and a Service's name has at most 63 characters
     assert name[0].isalpha()
 
 

@@ -57,7 +57,7 @@ def pod_of(manifest: dict) -> dict:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_manifest_is_that_of_the_golden_file(case):
-    """To rewrite them: `REWRITE_GOLDEN=1 pytest tests/unit/distill_distributed/test_job.py`, then read the difference."""
+    """To rewrite them: `REWRITE_GOLDEN=1 pytest tests/unit/distill_distributed/test_job.py`, then review the diff."""
     file = GOLDEN / f"{case}.yaml"
     text = as_yaml(render(case))
     if os.environ.get("REWRITE_GOLDEN"):
@@ -75,7 +75,7 @@ def test_the_published_schema_takes_the_manifest(case):
     name = {"PyTorchJob": "kubeflow.org_pytorchjobs", "TrainJob": "trainer.kubeflow.org_trainjobs"}[manifest["kind"]]
     schema = published_schema(Path(os.environ["CRD_DIR"]) / f"{name}.yaml", manifest["apiVersion"].partition("/")[2])
     jsonschema.validate(manifest, schema)
-    with pytest.raises(jsonschema.ValidationError, match="surprise"):  # a schema that takes anything proves nothing
+    with pytest.raises(jsonschema.ValidationError, match="surprise"):  # a schema that accepts anything proves nothing
         jsonschema.validate(manifest | {"spec": manifest["spec"] | {"surprise": 1}}, schema)
 
 
@@ -86,7 +86,7 @@ def published_schema(file: Path, version: str) -> dict:
 
 
 def closed(schema: dict) -> dict:
-    """A CRD's schema in plain JSON schema: unknown fields refused, as kubectl does, and quantities of either type."""
+    """A CRD's schema as plain JSON schema that rejects unknown fields, as kubectl does, and accepts both types of quantity."""
     if schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
     made = {
@@ -115,18 +115,18 @@ def test_gpus_and_placement_reach_the_nodes(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_nodes_are_no_root_and_have_no_mesh(case):
+def test_nodes_do_not_run_as_root_and_have_no_mesh(case):
     template = pod_of(render(case))
     assert template["metadata"]["annotations"] == {"sidecar.istio.io/inject": "false"}
     assert template["spec"]["securityContext"]["runAsNonRoot"] is True
-    # the operator adds a container of alpine, whose image says root, to the workers: the pod must name another user
+    # the operator adds an alpine container, whose image runs as root, to the workers, so the pod must set another user
     assert template["spec"]["securityContext"]["runAsUser"] > 0
     security = template["spec"]["containers"][0]["securityContext"]
     assert security == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_job_lives_for_ever(case):
+def test_no_job_lives_forever(case):
     spec = render(case)["spec"]
     assert spec.get("runPolicy", spec)["activeDeadlineSeconds"] == 86400
     if "runPolicy" in spec:

@@ -1,4 +1,4 @@
-"""The launcher against an API server on loopback: what goes well, and what a real server does not offer on demand."""
+"""The launcher against an API server on loopback: successful runs, and faults that a real server does not produce on demand."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def test_inputs_go_out_the_job_runs_and_the_result_comes_back(api, settings, tmp
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"weights"
     manifest = yaml.safe_load((tmp_path / "out.job.yaml").read_text())
     assert {name: api.job(kind)[name] for name in manifest} == manifest
-    assert not Path(place_of(api, kind)).exists()  # nobody needs it any more
+    assert not Path(place_of(api, kind)).exists()  # it is no longer needed
     printed = capsys.readouterr().out
     assert "running on 2 nodes" in printed
     assert re.findall(r"\[PPL\].*", printed) == ["[PPL] finetune_start=30.0000", "[PPL] epoch=1 eval_ppl=20.0000"]
@@ -57,7 +57,7 @@ def test_the_manifest_is_written_before_the_job_is_submitted(api, settings, tmp_
 
 
 def lose_launcher(api, settings):
-    """Run a launcher that ends, for all that its job knows, when it has created the job."""
+    """Run a launcher that fails right after it has created its job, and leaves the job behind."""
     api.fail("GET", JOBS, 403)
     with pytest.raises(ValueError, match="403"):
         stage.run(settings)
@@ -100,8 +100,8 @@ def test_a_job_of_an_earlier_try_that_ends_is_replaced(api, settings, tmp_path, 
         Cluster.connect().delete_job("pytorchjob", earlier[-1])
 
     def go():
-        yield  # the look at the job whose name is taken
-        yield  # it goes slowly
+        yield  # the launcher looks at the job that has taken the name
+        yield  # deleting it takes a while
         yield
         del api.objects[earlier]
         yield
@@ -202,7 +202,7 @@ def test_a_failed_job_is_left_for_people(api, settings):
 
 
 @pytest.mark.parametrize("trainer", [True, False], ids=["both-kinds", "no-trainjob-kind"])
-def test_the_sweep_deletes_jobs_and_handover_of_its_run_alone(api, tmp_path, trainer):
+def test_the_sweep_deletes_only_jobs_and_handover_of_its_run(api, tmp_path, trainer):
     kinds = list(RESOURCES) if trainer else ["pytorchjob"]
     if not trainer:
         del api.resources[RESOURCES["trainjob"]]
@@ -211,7 +211,7 @@ def test_the_sweep_deletes_jobs_and_handover_of_its_run_alone(api, tmp_path, tra
             api.add_job(f"distill-{run}", kind, labels={RUN_LABEL: run})
     for run in ("mine", "theirs"):
         storage.write_bytes(f"{tmp_path}/handover/{run}/distill-{run}/object", b"data")
-    for _ in range(2):  # the second finds nothing more
+    for _ in range(2):  # the second finds nothing left to remove
         sweep.run(SweepConfig(run_id="mine", handover=f"{tmp_path}/handover"))
         assert [name for kind in kinds for (*_, name) in api.jobs(kind)] == ["distill-theirs"] * len(kinds)
         assert [folder.name for folder in (tmp_path / "handover").iterdir()] == ["theirs"]
@@ -220,7 +220,7 @@ def test_the_sweep_deletes_jobs_and_handover_of_its_run_alone(api, tmp_path, tra
 def test_other_settings_do_not_find_an_earlier_result(api, settings, tmp_path):
     names = {stage.job_name("none", changed) for changed in (settings, dataclasses.replace(settings, epochs=3))}
     assert len(names) == 2
-    assert stage.job_name("none", dataclasses.replace(settings, retries=7, queue="gpus")) in names  # not what is trained
+    assert stage.job_name("none", dataclasses.replace(settings, retries=7, queue="gpus")) in names  # not part of the training
 
 
 def test_other_inputs_do_not_find_an_earlier_result(settings, tmp_path):

@@ -1,4 +1,4 @@
-"""Nodes as real processes on this machine, told their place as an operator would; the handover is a folder."""
+"""Nodes as real processes on this machine, with the variables that an operator sets; the handover is a folder."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_two_nodes_train_together_and_one_hands_over(place, models, tmp_path):
     stats = read_json(tmp_path / "result" / "distill_stats.json")
     assert stats["sparse_integrity_check"]["passed"]
     assert stats["details"]["inputs"]["mask"] == fingerprint_of_file(find_mask(models / "pruned"))
-    assert stats["parameters"]["grad_accum_steps"] == 2  # 4 blocks of a step over two processes
+    assert stats["parameters"]["grad_accum_steps"] == 2  # 4 blocks per step over two processes
     assert [entry["stage"] for entry in read_history(tmp_path / "result")["steps"]][-1] == "distill"
 
 

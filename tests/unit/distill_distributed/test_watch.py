@@ -1,4 +1,4 @@
-"""The watch over a job: what it says of its pods, and when it gives up."""
+"""Watching a job: what is reported about its pods, and when the watcher gives up."""
 
 import re
 
@@ -72,7 +72,7 @@ def test_a_queued_job_is_not_taken_for_a_running_one(api, capsys, clock):
         api.state("Suspended", message="waits for quota")
         yield
         yield
-        clock.now += 100_000  # a queue may be long: the deadline does not run
+        clock.now += 100_000  # time in a queue does not count towards the deadline
         yield
         api.state("Running")
         yield
@@ -123,7 +123,7 @@ def test_what_pods_wait_for_is_said_once_and_again_when_it_changes(api, capsys, 
     assert said == [*pulls * 3, f"{WORKER} waits: CrashLoopBackOff: back-off 10s"]
 
 
-def test_each_restart_is_told_with_exit_code_and_last_lines(api, capsys):
+def test_each_restart_is_reported_with_exit_code_and_last_lines(api, capsys):
     def go():
         api.run(MASTER, WORKER)
         yield
@@ -229,7 +229,7 @@ def test_a_failure_is_told_with_all_that_is_known_of_it(api, capsys):
         api.warn("distill-1", "PyTorchJobFailed", "it has failed")
         api.warn("another", "Unrelated", "nothing to see")
         yield
-        del api.objects["v1/pods", NAMESPACE, WORKER]  # by the operator
+        del api.objects["v1/pods", NAMESPACE, WORKER]  # as the operator does
         api.state("Failed", reason="BackoffLimitExceeded", message="restarted too often")
         yield
 

@@ -39,7 +39,7 @@ def names(folder: Path) -> set[str]:
 
 
 def refused(source: Path, output: Path, rule: str, revision: str = "") -> None:
-    """The fetch is refused and leaves nothing."""
+    """Check that the fetch is refused and leaves nothing behind."""
     before = names(output.parent)
     with pytest.raises(ValueError, match=rule):
         fetch(source, output, revision)
@@ -102,7 +102,7 @@ def test_shards_are_copied_with_their_index(tmp_path, output):
     source = tmp_path / "sharded"
     tiny_model().save_pretrained(source, max_shard_size="200KB")
     tiny_tokenizer().save_pretrained(source)
-    (source / "model-00099-of-00099.safetensors").touch()  # of another upload
+    (source / "model-00099-of-00099.safetensors").touch()  # from another upload
     fetch(source, output)
     shards = set(json.loads((source / "model.safetensors.index.json").read_text())["weight_map"].values())
     assert len(shards) > 2
@@ -133,7 +133,7 @@ def test_a_stale_revision_is_refused(source, output):
     refused(source, output, f"^revision must still be that of {source}: it was {revision}, it is .*; start anew$", revision)
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, source, output):
+def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path, source, output):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", output, "^model_id must be a folder with a config.json")
     (source / "model.safetensors").rename(source / "pytorch_model.bin")

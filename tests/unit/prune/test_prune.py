@@ -46,7 +46,7 @@ def test_rows_must_divide_into_groups(model):
 
 
 def gemma3(**changes):
-    """Blocks with sliding and with full attention: each is called with other masks and positions."""
+    """A model whose blocks have sliding or full attention, and are called with different masks and positions."""
     torch.manual_seed(0)
     config = Gemma3TextConfig(**(SMALL | {"num_hidden_layers": 6, "sliding_window": 8, "sliding_window_pattern": 3} | changes))
     return AutoModelForCausalLM.from_config(config).eval()

@@ -1,4 +1,4 @@
-"""SparseGPT against the paper's equations, written out slowly with explicit inverses."""
+"""SparseGPT compared with the paper's equations, written out naively with explicit inverses."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def layer(rows: int, columns: int, seed: int = 0, samples: int = 200):
 
 
 def literal_sparsegpt(weight, hessian, sparsity, block_size, n_of_m=None, damping=0.01):
-    """Algorithm 1 with the inverse Hessian of the weights not yet visited made anew for each column."""
+    """Algorithm 1, with the inverse Hessian of the weights not yet visited recomputed for each column."""
     weight = weight.clone()
     rows, columns = weight.shape
     damped = hessian + damping * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_agrees_with_the_literal_algorithm_for_n_of_m(n_of_m):
 @pytest.mark.parametrize("sparsity", [0.1, 0.3333, 0.7, 0.999])
 def test_removes_exactly_as_many_as_asked_for_even_with_ties(sparsity):
     _, hessian = layer(7, 130)
-    weight = torch.ones(7, 130)  # every score ties with its column's others
+    weight = torch.ones(7, 130)  # all scores in a column are equal
     found, kept = sparsegpt(weight, hessian.float(), sparsity, block_size=64)
     assert int((~kept).sum()) == pruned_count(sparsity, weight.numel())
     assert (found[~kept] == 0).all()
@@ -89,7 +89,7 @@ def test_every_group_keeps_n_of_m(n_of_m):
 
 
 def test_loses_less_than_magnitude_on_inputs_like_a_models():
-    """A few strong directions and features of very different size, as activations have them."""
+    """The inputs have a few strong directions and features of very different scale, as activations do."""
     generator = torch.Generator().manual_seed(0)
     strong = torch.randn(1000, 8, generator=generator) @ torch.randn(8, 128, generator=generator)
     inputs = (strong + torch.randn(1000, 128, generator=generator)) * torch.randn(128, generator=generator).exp()

@@ -28,11 +28,11 @@ def steps(format="int8", perplexity=INT8, dense=DENSE, sparsity=0.7, text=TEXT, 
 
 
 def save_model(folder: Path, weights: bytes = b"int8", **changes) -> str:
-    """A checkpoint's folder; publish looks at its history and copies the rest as it is."""
+    """Save a checkpoint; publish reads its history and copies the rest unchanged."""
     folder.mkdir(parents=True)
     records = steps(**changes)
     history = {"format": 1, "source": {"model_id": "some/model", "revision": "abc"}}
-    # not by write_json: a file from elsewhere may hold NaN
+    # not with write_json, since a file from elsewhere may contain NaN
     (folder / "compression.json").write_text(json.dumps(history | {"steps": [record.summary() for record in records]}))
     (folder / "quantize_stats.json").write_text(json.dumps(asdict(records[-1])))
     (folder / "config.json").write_text("{}")
@@ -42,7 +42,7 @@ def save_model(folder: Path, weights: bytes = b"int8", **changes) -> str:
 
 @pytest.fixture(scope="session")
 def summary_dir(tmp_path_factory) -> str:
-    """A report; not to be changed."""
+    """A report; tests must not change it."""
     folder = tmp_path_factory.mktemp("publish")
     report(ReportConfig(records=[save_model(folder / "model")], output_dir=str(folder / "summary")))
     return str(folder / "summary")

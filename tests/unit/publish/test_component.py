@@ -1,4 +1,4 @@
-"""The KFP wrapper: every setting arrives, and the place comes out."""
+"""The KFP component: every setting reaches the stage, and the place is returned."""
 
 from pathlib import Path
 

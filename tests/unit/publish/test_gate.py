@@ -1,4 +1,4 @@
-"""The gate: the record's numbers, every limit, every model; what is unknown does not pass."""
+"""The gate: the record's numbers, every limit, every model; unknown values do not pass."""
 
 import pytest
 
@@ -22,11 +22,11 @@ def test_a_limit_that_is_met_exactly_passes(tmp_path):
 
 
 def test_a_model_pruned_to_whole_weights_meets_its_sparsity(tmp_path):
-    """SmolLM2-135M pruned to 0.7 has 0.6999995."""
+    """SmolLM2-135M pruned to 0.7 has a sparsity of 0.6999995."""
     check_gate([candidate(tmp_path, sparsity=0.699999491373698)], 0, 0.7)
 
 
-def test_every_failure_of_every_model_is_told_at_once(tmp_path):
+def test_every_failure_of_every_model_is_reported_together(tmp_path):
     good = candidate(tmp_path / "good")
     worse = candidate(tmp_path / "worse", format="fp8", perplexity=60.0, sparsity=0.699)
     denser = candidate(tmp_path / "denser", format="int4", sparsity=0.5)

@@ -1,4 +1,4 @@
-"""Publishing into a folder: whole versions that never change, a pointer that moves last, a gate before everything."""
+"""Publishing to a folder: complete versions that never change, a pointer that moves last, a gate before everything."""
 
 import json
 import resource
@@ -23,7 +23,7 @@ def publish(settings, **changes):
 
 
 def shell(settings, **options) -> subprocess.CompletedProcess:
-    """Publish as a process of its own."""
+    """Publish in a separate process."""
     command = [sys.executable, "-m", "components.publish"]
     for name, value in settings.items():
         command += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
@@ -31,7 +31,7 @@ def shell(settings, **options) -> subprocess.CompletedProcess:
 
 
 def content(place: Path) -> dict[str, bytes]:
-    """Every file below a place."""
+    """The content of every file below a place."""
     return {file.relative_to(place).as_posix(): file.read_bytes() for file in sorted(place.rglob("*")) if file.is_file()}
 
 
@@ -117,7 +117,7 @@ def test_an_upload_that_breaks_off_leaves_the_pointer_and_a_retry_completes_it(s
     publish(settings, version="1")
     latest = (tmp_path / "models" / "latest.json").read_bytes()
     changed = settings | {"models": [save_model(tmp_path / "c", b"more")], "version": "2"}
-    size = 300_000  # bytes that the system lets the process write to a file; the weights have 400,000
+    size = 300_000  # the most bytes that the process can write to one file; the weights have 400,000
     broken = shell(changed, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
     assert broken.returncode != 0
     assert "File too large" in broken.stderr
@@ -129,7 +129,7 @@ def test_an_upload_that_breaks_off_leaves_the_pointer_and_a_retry_completes_it(s
     assert (tmp_path / "down" / "int8" / "model.safetensors").read_bytes() == b"more" * 100_000
 
 
-def test_of_publishers_at_the_same_time_the_last_pointer_wins_and_all_versions_are_whole(settings, tmp_path):
+def test_when_publishers_run_at_the_same_time_the_last_pointer_wins_and_all_versions_are_whole(settings, tmp_path):
     many = [settings | {"models": [save_model(tmp_path / name, name.encode())]} for name in ("one1", "two2", "tri3")]
     with ThreadPoolExecutor(len(many)) as pool:
         ended = list(pool.map(shell, many))
@@ -151,7 +151,7 @@ def test_no_secret_is_printed_or_published(settings, tmp_path, monkeypatch):
 
 
 def test_it_runs_without_torch():
-    """The image of the small pods has none."""
+    """The image for the small pods does not have it."""
     code = "import components.publish.stage, sys; print(*sorted({'torch', 'transformers', 'kfp'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "\n"
 

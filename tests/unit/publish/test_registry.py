@@ -1,6 +1,6 @@
-"""Registering: one version a format, idempotent, and the pointer moves only after it.
+"""Registering: one version per format, idempotent, and the pointer moves only afterwards.
 
-The registry is a small server on this machine that speaks the part of the REST API (v1alpha3) that the client uses.
+The registry is a small server on this machine that implements the part of the REST API (v1alpha3) that the client uses.
 """
 
 import json
@@ -19,7 +19,7 @@ TOKEN = "do-not-print-me"
 
 
 class Server(ThreadingHTTPServer):
-    """Keeps models, versions and artifacts, and what it was asked."""
+    """Stores models, versions and artifacts, and the requests."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -29,7 +29,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Look up and create."""
+    """Handles look-up and creation."""
 
     def do_GET(self):
         url = urlparse(self.path)
@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(body).encode())
 
     def log_message(self, *_):
-        """Nothing: the test reads what the stage prints."""
+        """Print nothing, since the test reads what the stage prints."""
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def publish(server, settings):
 
 @pytest.fixture
 def uploads(monkeypatch):
-    """How often something was uploaded."""
+    """The place of each upload."""
     import components.publish.stage as stage
 
     real, places = stage.upload, []
@@ -186,7 +186,7 @@ def test_the_token_comes_from_the_file_that_the_environment_names_and_is_not_pri
 
 @pytest.fixture
 def unused_port(server):
-    """A port at which nobody answers."""
+    """A port on which nothing listens."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as other:
         port = other.server_port
     return port

@@ -23,7 +23,7 @@ COMMON = {"eval_blocks": 4, "eval_seq_len": 32}
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def sparse(request, tmp_path_factory):
-    """A tiny checkpoint with half of its weights zero, among them a whole row."""
+    """A tiny checkpoint with half of its weights zero, including a whole row."""
     folder = save_tiny(tmp_path_factory.mktemp("quantize") / "sparse", "qwen3", request.param)
     model = AutoModelForCausalLM.from_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +44,7 @@ def no_quanto(monkeypatch):
 
 
 def check(folder, dense, record, corpus):
-    """The reloaded model is close to the dense one, and a fresh process measures the same perplexity."""
+    """Check that the reloaded model is close to the dense one, and that a fresh process measures the same perplexity."""
     ids = torch.arange(32)[None]
     with torch.no_grad():
         wanted = load_model(dense, torch.float32, CPU)(input_ids=ids).logits
@@ -103,7 +103,7 @@ def test_fp8_without_quanto_says_so(sparse, tmp_path, no_quanto):
 def test_a_weight_outside_the_mask_fails_the_stage(sparse, tmp_path, format):
     weight = AutoModelForCausalLM.from_pretrained(sparse).model.layers[0].mlp.up_proj.weight
     kept = weight != 0
-    kept[tuple((weight.abs() == weight.abs().max()).nonzero()[0])] = False  # the mask forbids the largest
+    kept[tuple((weight.abs() == weight.abs().max()).nonzero()[0])] = False  # the mask excludes the largest weight
     save_mask(Mask({"model.layers.0.mlp.up_proj.weight": kept}), tmp_path / "mask.safetensors")
     with pytest.raises(SparsityError, match=r"1 weights are not.*up_proj"):
         run(

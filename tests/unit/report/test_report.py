@@ -1,4 +1,4 @@
-"""The report: right numbers, nothing invented, nothing from outside, the same bytes each time."""
+"""The report: correct numbers, nothing invented, nothing from outside, the same bytes each time."""
 
 import json
 import math
@@ -25,7 +25,7 @@ Records = dict[str, dict[str, Any]]
 
 
 def full() -> Records:
-    """Records of a whole run by folder; the perplexities are the only numbers of two decimals."""
+    """Records of a whole run by folder; the perplexities are the only numbers with two decimals."""
     layers = [
         {
             "name": f"model.layers.{block}.{kind}.weight",
@@ -119,7 +119,7 @@ Report = Callable[[Records], tuple[str, dict[str, Any], StageRecord]]
 
 @pytest.fixture
 def report(tmp_path: Path) -> Report:
-    """Make a report of records: (page, summary, the stage's own record)."""
+    """A function that makes a report from records: (page, summary, the stage's own record)."""
 
     def make(records: Records) -> tuple[str, dict[str, Any], StageRecord]:
         result = run(ReportConfig(records=write(records, tmp_path / "in"), output_dir=str(tmp_path / "out")))
@@ -165,7 +165,7 @@ def titles(page: str) -> list[str]:
 
 
 def test_full_run_tells_every_number(report: Report) -> None:
-    # given in the wrong order: the report puts stages in the pipeline's
+    # in the wrong order: the report puts the stages in that of the pipeline
     page, summary, result = report(dict(reversed(full().items())))
 
     assert (summary["model_id"], summary["revision"]) == ("some/model", "abc123")
@@ -399,7 +399,7 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
         '{"stage": "prune", "parameters": {}, "sparse_integrity_check": true}',
     ],
 )
-def test_what_is_no_record_is_refused_and_leaves_nothing(tmp_path: Path, content: str) -> None:
+def test_what_is_not_a_record_is_refused_and_leaves_nothing(tmp_path: Path, content: str) -> None:
     file = tmp_path / "prune_stats.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=r"prune_stats\.json must be a"):
