@@ -30,12 +30,14 @@ def check_parameters(groups: Iterable[Group], values: Mapping[str, Any], on_this
 
 def _check_across_stages(values: Mapping[str, Any]) -> None:
     """Check the rules that involve several stages."""
-    if values["skip_ppl_eval"] and values["publish_max_ppl_ratio"]:
-        raise ValueError(f"publish_max_ppl_ratio must be 0 with skip_ppl_eval, got {values['publish_max_ppl_ratio']}")
-    sparsity, wanted = values["prune_sparsity"], values["publish_min_sparsity"]
+    ratio, sparsity, wanted = (
+        values.get(name, 0) for name in ("publish_max_ppl_ratio", "prune_sparsity", "publish_min_sparsity")
+    )
+    if ratio and values.get("skip_ppl_eval"):
+        raise ValueError(f"publish_max_ppl_ratio must be 0 with skip_ppl_eval, got {ratio}")
     if wanted > sparsity:
         raise ValueError(f"publish_min_sparsity must be at most prune_sparsity = {sparsity}, got {wanted}")
-    gpus, processes = values.get("distill_gpus", 0), values["distill_nproc_per_node"]
+    gpus, processes = values.get("distill_gpus", 0), values.get("distill_nproc_per_node", 1)
     if gpus not in (0, processes):
         raise ValueError(f"distill_nproc_per_node must be distill_gpus = {gpus}, got {processes}")
 

@@ -16,6 +16,7 @@ from pipelines.checks import check_parameters
 from pipelines.parameters import GROUPS
 
 COMPILED = Path(__file__).with_name("compiled")
+SIGNS = {"model_id", "train_data", "eval_data", "quantize_formats"}  # parameters by which a compression pipeline is recognised
 
 # parameter type in a pipeline spec → (description for error messages, Python types, parser for a flag's text)
 TYPES: dict[str, tuple[str, tuple[type, ...], Callable[[str], Any]]] = {
@@ -111,10 +112,10 @@ def read_parameters(package: Package, params: str, assignments: list[str]) -> di
             defaults[name] = _default(definition)
         elif not definition.get("isOptional") and name not in values:
             raise ValueError(f"{name} must be given: {package.name} has no default for it")
-    for groups in GROUPS.values():
-        if all(parameter in package.parameters for group in groups for parameter in group.names().values()):
-            check_parameters(groups, defaults | values, on_this_machine=False)
-            _check_places(defaults | values, package)
+    if package.parameters.keys() >= SIGNS:
+        pipeline = "compress-distributed" if "distill_handover" in package.parameters else "compress"
+        check_parameters(GROUPS[pipeline], defaults | values, on_this_machine=False)
+        _check_places(defaults | values, package)
     return values
 
 
@@ -156,7 +157,7 @@ def _check_places(values: dict[str, Any], package: Package) -> None:
         if Path(value).exists() or value == SMOLLM2:
             raise ValueError(f"{name} must be found by the pods, got {value!r}: it is on this machine alone")
         check(name, value)
-    if values["publish_to"].startswith("/"):
+    if values.get("publish_to", "").startswith("/"):
         raise ValueError(f"publish_to must be a bucket, got {values['publish_to']!r}: the pod's own disk goes with the pod")
     handover = values.get("distill_handover", "")
     if handover.startswith("/") and b"pvcMount" not in package.content:

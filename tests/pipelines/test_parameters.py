@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 from pathlib import Path
 from typing import get_type_hints
 
@@ -135,3 +136,18 @@ def test_settings_take_their_values_by_name(checkpoint, tmp_path):
     paths = {"student_model": "a", "mask_file": "b", "output_dir": "c"}
     config = configure(DistillConfig, local, teacher_model="d", **paths)
     assert (config.epochs, config.teacher_model, config.batch_size) == (3, "d", DistillConfig.batch_size)
+
+
+def test_no_list_of_names_is_kept_twice():
+    """Two literal lists in the product that share many settings would have to be changed together."""
+    known = {entry.name for stage in STAGES for entry in dataclasses.fields(config_of(stage))}
+    known |= {entry.name for groups in GROUPS.values() for entry in parameters(groups)}
+    lists = {}
+    for file in [*COMPONENTS.rglob("*.py"), *(COMPONENTS.parent / "pipelines").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            entries = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", [])
+            names = {entry.value for entry in entries if isinstance(entry, ast.Constant) and isinstance(entry.value, str)}
+            if len(names & known) > 4:
+                lists[f"{file.relative_to(COMPONENTS.parent)}:{node.lineno}"] = names & known
+    assert any(names >= {*SHARED} for names in lists.values())
+    assert [pair for pair in itertools.combinations(lists, 2) if len(lists[pair[0]] & lists[pair[1]]) > 4] == []

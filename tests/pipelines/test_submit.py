@@ -286,3 +286,16 @@ def test_as_a_program_it_says_no_more_than_one_line(tmp_path):
 def test_the_fake_refuses_what_the_models_do_not_have(body):
     with pytest.raises(AssertionError):
         check(body, "V2beta1Run")
+
+
+@pytest.mark.parametrize("value", ["prune_sparsity=1.3", "publish_max_ppl_ratio=-1", "publish_min_sparsity=0.9"])
+def test_a_pipeline_of_another_version_is_checked_too(kfp, command, tmp_path, value):
+    """It may lack parameters that the present version has, and have others."""
+    text = (
+        GOLDEN.read_text().replace("distill_patience", "distill_endurance").replace("name: compress\n", "name: my-compress\n")
+    )
+    path = tmp_path / "other.yaml"
+    path.write_text(text)
+    code, _, err = command(main, "--pipeline", path, "--set", value)
+    assert (code, err.partition(" ")[2].partition(" ")[0]) == (2, value.partition("=")[0])
+    assert kfp.requests == []
