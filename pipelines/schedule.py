@@ -71,7 +71,7 @@ class ResumeConfig(NamedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DeleteConfig(NamedConfig):
-    """Delete a schedule; its runs are kept."""
+    """Delete a schedule; the records of its runs are kept."""
 
 
 Command = CreateConfig | ListConfig | PauseConfig | ResumeConfig | DeleteConfig
