@@ -21,25 +21,28 @@ def check_parameters(groups: Iterable[Group], values: Mapping[str, Any], on_this
     """
     for group in groups:
         names = group.names()
+        given = {field: values[name] for field, name in names.items() if name in values}
+        if not group.required() <= given.keys():
+            continue  # a pipeline of another version, which has no such settings
         with _named_as_in_the_pipeline(names):
-            settings = group.settings(**{field: values[name] for field, name in names.items() if name in values})
+            settings = group.settings(**given)
             if on_this_machine:
                 settings.check_environment()
     _check_across_stages(values)
 
 
 def _check_across_stages(values: Mapping[str, Any]) -> None:
-    """Check the rules that involve several stages."""
-    ratio, sparsity, wanted = (
-        values.get(name, 0) for name in ("publish_max_ppl_ratio", "prune_sparsity", "publish_min_sparsity")
-    )
-    if ratio and values.get("skip_ppl_eval"):
-        raise ValueError(f"publish_max_ppl_ratio must be 0 with skip_ppl_eval, got {ratio}")
-    if wanted > sparsity:
+    """Check the rules that involve several stages, as far as the pipeline has their parameters."""
+    given = values.keys()
+    if {"skip_ppl_eval", "publish_max_ppl_ratio"} <= given and values["skip_ppl_eval"] and values["publish_max_ppl_ratio"]:
+        raise ValueError(f"publish_max_ppl_ratio must be 0 with skip_ppl_eval, got {values['publish_max_ppl_ratio']}")
+    if {"prune_sparsity", "publish_min_sparsity"} <= given and values["publish_min_sparsity"] > values["prune_sparsity"]:
+        sparsity, wanted = values["prune_sparsity"], values["publish_min_sparsity"]
         raise ValueError(f"publish_min_sparsity must be at most prune_sparsity = {sparsity}, got {wanted}")
-    gpus, processes = values.get("distill_gpus", 0), values.get("distill_nproc_per_node", 1)
-    if gpus not in (0, processes):
-        raise ValueError(f"distill_nproc_per_node must be distill_gpus = {gpus}, got {processes}")
+    if {"distill_gpus", "distill_nproc_per_node"} <= given:
+        gpus, processes = values["distill_gpus"], values["distill_nproc_per_node"]
+        if gpus not in (0, processes):
+            raise ValueError(f"distill_nproc_per_node must be distill_gpus = {gpus}, got {processes}")
 
 
 @contextlib.contextmanager

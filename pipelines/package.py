@@ -16,7 +16,7 @@ from pipelines.checks import check_parameters
 from pipelines.parameters import GROUPS
 
 COMPILED = Path(__file__).with_name("compiled")
-SIGNS = {"model_id", "train_data", "eval_data", "quantize_formats"}  # parameters by which a compression pipeline is recognised
+SIGNS = {"model_id", "train_data", "eval_data"}  # parameters by which a compression pipeline is recognised
 
 # parameter type in a pipeline spec → (description for error messages, Python types, parser for a flag's text)
 TYPES: dict[str, tuple[str, tuple[type, ...], Callable[[str], Any]]] = {
@@ -112,10 +112,11 @@ def read_parameters(package: Package, params: str, assignments: list[str]) -> di
             defaults[name] = _default(definition)
         elif not definition.get("isOptional") and name not in values:
             raise ValueError(f"{name} must be given: {package.name} has no default for it")
-    if package.parameters.keys() >= SIGNS:
-        pipeline = "compress-distributed" if "distill_handover" in package.parameters else "compress"
-        check_parameters(GROUPS[pipeline], defaults | values, on_this_machine=False)
-        _check_places(defaults | values, package)
+    all_values = defaults | values
+    if all_values.keys() >= SIGNS:
+        pipeline = "compress-distributed" if "distill_handover" in all_values else "compress"
+        check_parameters(GROUPS[pipeline], all_values, on_this_machine=False)
+        _check_places(all_values, package)
     return values
 
 

@@ -43,7 +43,7 @@ class Group:
     """Settings that a pipeline offers.
 
     Attributes:
-        stage: the stage they belong to; `pods` for the sizes of the pods, whose field names already contain the stage.
+        stage: the stage they belong to; `pods` for the sizes of the pods, whose fields are named as the pipeline names them.
         settings: the class that defines them.
         component: only the settings that it takes are offered; None = all are.
     """
@@ -57,6 +57,10 @@ class Group:
         offered = self.component.component_spec.inputs if self.component else None
         fields = (entry.name for entry in dataclasses.fields(self.settings))
         return {name: pipeline_name(self.stage, name) for name in fields if offered is None or name in offered}
+
+    def required(self) -> set[str]:
+        """Fields without a default."""
+        return {name for name in self.names() if default_of(self.settings, name) is inspect.Parameter.empty}
 
 
 def _groups(distillation: Group) -> tuple[Group, ...]:
@@ -118,7 +122,8 @@ def parameters(groups: Iterable[Group], **defaults: Any) -> list[Parameter]:
             kind = get_type_hints(group.settings)[field]
             stage = "" if field in SHARED else group.stage
             made.setdefault(name, Parameter(name, kind, default, help_of(group.settings, field), stage))
-    return list(made.values())
+    shared = [made.pop(name) for name in SHARED if name in made]
+    return [*shared, *made.values()]
 
 
 def default_of(config_class: type, field: str) -> Any:

@@ -10,7 +10,7 @@ from components.distill.config import DistillConfig
 from components.prune.config import NOT_IN_PIPELINES as NOT_OF_PRUNE
 from components.prune.config import PruneConfig
 from pipelines import compress, compress_distributed
-from pipelines.parameters import GROUPS, SHARED, Parameter, help_of, parameters
+from pipelines.parameters import GROUPS, Parameter, help_of, parameters
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- {} begins; written by `make compile` -->", "<!-- {} ends -->"
@@ -49,10 +49,10 @@ def reference() -> str:
     one_pod = parameters(GROUPS["compress"], model_id=compress.MODEL_ID)
     many_nodes = parameters(GROUPS["compress-distributed"], **compress_distributed.defaults())
     both = {entry.name for entry in one_pod} & {entry.name for entry in many_nodes}
+    assert {entry.stage for entry in one_pod} <= TITLES.keys()
     parts = []
     for stage, title in TITLES.items():
-        here = [entry for entry in one_pod if entry.stage == stage and entry.name in both]
-        parts += [f"### {title}", table(sorted(here, key=lambda entry: SHARED.index(entry.name)) if stage == "" else here)]
+        parts += [f"### {title}", table(entry for entry in one_pod if entry.stage == stage and entry.name in both)]
     parts += ["### Only `compress`: distillation in one pod", table(entry for entry in one_pod if entry.name not in both)]
     parts += [
         "### Only `compress-distributed`: distillation on many nodes",

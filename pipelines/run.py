@@ -84,7 +84,8 @@ def main() -> None:
         with transcript(log_file, sys.stdout):
             outputs = compress(**values).outputs
     except RuntimeError as error:  # the failing stage's own lines are above; kfp's traceback would bury them
-        fail(RuntimeError(f"{error}; the full log is {log_file}"))
+        error.args = (f"{error}; the full log is {log_file}",)
+        fail(error)
     show(Path(outputs["summary"].path), log_file)
 
 

@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import TextIO
 
 from kfp.local import logging_utils, subprocess_task_handler
 
-EXECUTOR = "[KFP Executor"  # prefix of the executor's own lines
+# how the executor's own lines begin; libraries log in the same form, and what they warn of must be seen
+EXECUTOR = re.compile(r"\[KFP Executor [^]]* INFO\]: ")
 INPUT_BEGINS, INPUT_ENDS = "Got executor_input:", "}"  # the JSON is between these two
 
 
@@ -28,6 +30,7 @@ def transcript(path: Path, terminal: TextIO) -> Iterator[None]:
             """Replaces the function with which `kfp.local` runs a stage; several stages may run in parallel."""
             stage = full_command[full_command.index("--function_to_execute") + 1]
             terminal.write(f"== {stage}\n")
+            terminal.flush()
             with subprocess.Popen(
                 full_command,
                 stdout=subprocess.PIPE,
@@ -53,8 +56,9 @@ def transcript(path: Path, terminal: TextIO) -> Iterator[None]:
 def _written(lines: Iterable[str], file: TextIO) -> Iterator[str]:
     """Yield the lines unchanged, and write each to `file`."""
     for line in lines:
-        file.write(line)
-        yield line
+        whole = line if line.endswith("\n") else f"{line}\n"  # the last one
+        file.write(whole)
+        yield whole
 
 
 def own_lines(lines: Iterable[str]) -> Iterator[str]:
@@ -63,7 +67,7 @@ def own_lines(lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
         if inside_input:
             inside_input = line.rstrip() != INPUT_ENDS
-        elif line.startswith(EXECUTOR):
+        elif EXECUTOR.match(line):
             inside_input = INPUT_BEGINS in line
         elif line.strip():
             yield line

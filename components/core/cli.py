@@ -1,6 +1,7 @@
 """The command line of a stage, built from its settings class."""
 
 import importlib
+import inspect
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ def parse(config_class: type, description: str | None = None) -> Any:
     parser = ArgumentParser(add_option_string_dash_variants=DashVariant.UNDERSCORE, description=description)
     arguments = parser.add_arguments(config_class, dest="config")
     # a stage's own settings first, then the ones that it shares with other stages
-    depth = {name: depth for depth, base in enumerate(config_class.__mro__) for name in vars(base).get("__annotations__", ())}
+    depth = {name: depth for depth, base in enumerate(config_class.__mro__) for name in inspect.get_annotations(base)}
     arguments.fields.sort(key=lambda entry: depth[entry.name])
     try:
         return parser.parse_args().config

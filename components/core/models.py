@@ -74,8 +74,10 @@ def local_folder(model_id: str, revision: str | None = None, parameter: str = "m
             raise ValueError(f"revision must still be that of {model_id}: it was {revision}, it is {found}; start anew")
         return _smollm2_folder(found) if model_id == SMOLLM2 else Path(model_id)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    with hub_errors(parameter, model_id), quiet_bars():
+    disable_progress_bars()  # it would draw them without a terminal as well
+    with hub_errors(parameter, model_id):
         folder = Path(
             snapshot_download(name, revision=revision or suffix or None, allow_patterns=HUB_FILES, ignore_patterns="*/*")
         )

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from components.core.checks import DTYPES, check_at_least, check_one_of
-from components.core.corpus import WIKITEXT2, check_corpus, check_held_out
+from components.core.corpus import WIKITEXT2, check_corpus
 
-# Kinds of settings, passed as `field(metadata=…)` where other code selects settings by kind. A setting without a kind affects
-# the result.
+# Kinds of settings, passed as `field(metadata=…)` in stages where other code selects settings by kind. There, a setting without
+# a kind affects the result.
 INPUT = {"kind": "input"}  # names an input, which is compared by its content
 OUTPUT = {"kind": "output"}  # names an output
 START = {"kind": "start"}  # how processes are started
@@ -27,7 +27,8 @@ S = TypeVar("S")
 
 def names_of(config_class: type, *kinds: Mapping[str, str]) -> set[str]:
     """Names of the fields of any of these kinds."""
-    return {entry.name for entry in dataclasses.fields(config_class) if dict(entry.metadata) in kinds}
+    wanted = {kind["kind"] for kind in kinds}
+    return {entry.name for entry in dataclasses.fields(config_class) if entry.metadata.get("kind") in wanted}
 
 
 def configure(config_class: type[S], values: Mapping[str, Any], **bound: Any) -> S:
@@ -67,7 +68,6 @@ class TextSettings(Settings):
         super().check_environment()
         check_corpus("train_data", self.train_data)
         check_corpus("eval_data", self.eval_data)
-        check_held_out("train_data", self.train_data, self.eval_data)
 
 
 @dataclass(frozen=True, kw_only=True)

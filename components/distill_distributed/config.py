@@ -98,7 +98,7 @@ class DistillDistributedConfig(JobSettings, DistillConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for parameter in ("mix_data", "tensorboard_dir", "deepspeed_config"):
+        for parameter in ("mix_data", "tensorboard_dir"):
             if value := getattr(self, parameter):
                 raise ValueError(f"{parameter} must be empty for a job, got {value}: the nodes could not read it")
         self.pod_settings()

@@ -69,7 +69,7 @@ def job_name(run_id: str, config: DistillDistributedConfig) -> str:
     KFP gives each task of each run its own output; from a shell, other settings or inputs must not find an earlier result.
     """
     inputs = {name: sample_fingerprint(files_under(Path(path))) for name, path in config.inputs().items()}
-    settings = [*config.flags(leave_out=NOT_FOR_NODES), global_batch(config)]
+    settings = [*sorted(config.flags(leave_out=NOT_FOR_NODES)), global_batch(config)]
     task = json.dumps([run_id, str(Path(config.output_dir).absolute()), settings, inputs])
     return f"distill-{hashlib.sha256(task.encode()).hexdigest()[:12]}"
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from components.core.checks import check_not_empty
+from components.core.corpus import check_held_out
 from components.core.files import check_new
 from components.core.settings import CalibrationSettings, CodeSettings, EvalBlockSettings, TextSettings
 
@@ -10,6 +11,11 @@ from components.core.settings import CalibrationSettings, CodeSettings, EvalBloc
 @dataclass(frozen=True, kw_only=True)
 class TokenizeSettings(TextSettings, CalibrationSettings, EvalBlockSettings, CodeSettings):
     """Which texts are cut into blocks, and how."""
+
+    def check_environment(self) -> None:
+        """See `Settings`."""
+        super().check_environment()
+        check_held_out("train_data", self.train_data, self.eval_data)
 
 
 @dataclass(frozen=True, kw_only=True)

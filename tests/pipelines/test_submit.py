@@ -288,14 +288,27 @@ def test_the_fake_refuses_what_the_models_do_not_have(body):
         check(body, "V2beta1Run")
 
 
-@pytest.mark.parametrize("value", ["prune_sparsity=1.3", "publish_max_ppl_ratio=-1", "publish_min_sparsity=0.9"])
-def test_a_pipeline_of_another_version_is_checked_too(kfp, command, tmp_path, value):
-    """It may lack parameters that the present version has, and have others."""
-    text = (
-        GOLDEN.read_text().replace("distill_patience", "distill_endurance").replace("name: compress\n", "name: my-compress\n")
-    )
+@pytest.mark.parametrize(
+    ("renamed", "value", "parameter"),
+    [
+        ("distill_patience", "prune_sparsity=1.3", "prune_sparsity"),
+        ("distill_patience", "publish_min_sparsity=0.9", "publish_min_sparsity"),
+        ("quantize_formats", "train_data=missing.txt", "train_data"),
+        ("prune_sparsity", "publish_min_sparsity=0.5", ""),
+        ("distill_nproc_per_node", "distill_gpus=8", ""),
+    ],
+)
+def test_a_pipeline_of_another_version_is_checked_as_far_as_its_parameters_go(
+    kfp, command, tmp_path, renamed, value, parameter
+):
+    text = GOLDEN.read_text().replace(renamed, "unknown").replace("name: compress\n", "name: my-compress\n")
     path = tmp_path / "other.yaml"
     path.write_text(text)
     code, _, err = command(main, "--pipeline", path, "--set", value)
-    assert (code, err.partition(" ")[2].partition(" ")[0]) == (2, value.partition("=")[0])
-    assert kfp.requests == []
+    assert (code, err.partition(" ")[2].partition(" ")[0]) == (2 if parameter else 0, parameter)
+
+
+def test_a_pipeline_that_lacks_what_a_job_must_have_is_not_checked_for_it(kfp, command, tmp_path):
+    path = tmp_path / "other.yaml"
+    path.write_text((COMPILED / "compress-distributed.yaml").read_text().replace("distill_image", "unknown"))
+    assert command(main, "--pipeline", path)[0] == 0

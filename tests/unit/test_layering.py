@@ -144,6 +144,14 @@ def test_no_file_is_too_long_to_have_one_subject(folders, limit):
     assert {file: length for file, length in lengths.items() if length > limit} == {}
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_checks_its_environment_itself(stage):
+    """In a pod nothing else does: the component only makes the settings."""
+    source = ast.parse((COMPONENTS / stage / "stage.py").read_text(encoding="utf-8"))
+    (run,) = (node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == "run")
+    assert "config.check_environment()" in [ast.unparse(statement) for statement in run.body[:3]]
+
+
 def test_settings_are_read_without_torch():
     """A wrong value is reported immediately, and a machine that only submits runs needs no torch."""
     code = f"""
