@@ -39,9 +39,10 @@ def _cell(text: str) -> str:
 
 
 def important() -> str:
-    """The table of the parameters that matter most."""
+    """The parameters that matter most, with their defaults."""
     made = {entry.name: entry for entry in parameters(GROUPS["compress"], model_id=compress.MODEL_ID)}
-    return table(made[name] for name in compress.IMPORTANT)
+    shown = [(name, made[name].default) for name in compress.IMPORTANT]
+    return ", ".join(f"`{name}`" if default == "" else f"`{name}` ({default})" for name, default in shown) + "."
 
 
 def reference() -> str:

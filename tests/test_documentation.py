@@ -43,7 +43,8 @@ def anchors(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_stages_commands_are_understood(stage, tmp_path, monkeypatch):
-    first = next(line for line in commands(README) if line.startswith(f"python -m components.{stage} "))
+    lines = commands(DOCUMENTS["pipelines/README.md"])
+    first = next(line for line in lines if line.startswith(f"python -m components.{stage} "))
     command = first.split()[3:]
     made_here = command[command.index("--output_dir") + 1] if "--output_dir" in command else None
     for folder in {"dense", "pruned", "distilled", "int8"} - {made_here}:
