@@ -59,6 +59,34 @@ def test_a_log_without_a_terminal_has_no_control_characters(finished):
     assert not [line for line in (done.stdout + done.stderr).splitlines() if "\x1b" in line or "\r" in line]
 
 
+def test_the_terminal_gets_the_stages_own_lines_and_the_log_file_everything(finished):
+    folder, done = finished
+    assert len(done.stdout.splitlines()) < 120
+    for stage in ("resolve", "fetch", "tokenize", "prune", "distill", "quantize", "report", "publish"):
+        assert f"== {stage}\n" in done.stdout
+    noise = "[KFP Executor", "executor_input", "finished with status", "Streamed logs"
+    assert not [line for line in done.stdout.splitlines() if any(part in line for part in noise)]
+    log = (folder / "artifacts" / "run.log").read_text()
+    assert all(part in log for part in noise)
+    assert "[PPL] after_pruning=" in log
+
+
+def test_a_stage_that_fails_is_heard(tmp_path):
+    save_tiny(tmp_path / "dense")
+    (tmp_path / "short.txt").write_text("x" * 20)
+    done = run(
+        "--model_id", "dense", "--train_data", "short.txt", "--eval_data", "builtin:python-docs", *SMALL, folder=tmp_path
+    )
+    assert done.returncode == 2
+    assert "ValueError: train_data must have at least 33 tokens for its calibration blocks of 32" in done.stdout
+    assert "== tokenize\n" in done.stdout
+    assert "== prune\n" not in done.stdout
+    assert len(done.stderr.splitlines()) == 1
+    (log_file,) = tmp_path.glob("runs/*/run.log")
+    assert done.stderr.startswith("error: ")
+    assert str(log_file) in done.stderr
+
+
 def test_sparsity_holds_to_the_end(finished):
     folder, _ = finished
     rows = json.loads(next(folder.glob("artifacts/*/report*/**/summary.json")).read_text())["rows"]
