@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.prune.structure import linears
+from components.core.blocks import linears
 
 
 @dataclass

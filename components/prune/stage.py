@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from components.core.blocks import check_blocks, find_blocks, linears, linears_outside
 from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len
 from components.core.checkpoint.files import weight_bytes
 from components.core.checkpoint.loading import empty_model, load_model, load_tokenizer
@@ -19,6 +20,7 @@ from components.core.history import StageRecord, Stopwatch, versions, write_hist
 from components.core.mask.file import MASK_FILE
 from components.core.mask.integrity import enforce, integrity
 from components.core.mask.mask import Mask, save_mask
+from components.core.mask.prunable import head_name
 from components.core.models import local_folder, source_history
 from components.core.perplexity import perplexity
 from components.core.progress import log, log_perplexity, track
@@ -27,7 +29,6 @@ from components.prune.calibration import Batch, advance, capture, hessians
 from components.prune.config import PruneConfig
 from components.prune.magnitude import magnitude
 from components.prune.sparsegpt import sparsegpt
-from components.prune.structure import check_blocks, find_blocks, linears
 
 
 def run(config: PruneConfig) -> StageRecord:
@@ -61,6 +62,7 @@ def run(config: PruneConfig) -> StageRecord:
     if evaluation:
         result.measured["perplexity_before"] = perplexity(model, evaluation.ids)
         log_perplexity("before_pruning", result.measured["perplexity_before"])
+    report_dense_layers(model, result)
     mask, layers = prune_model(model, calibration.ids, config)
     result.sparse_integrity_check = integrity(dict(model.named_parameters()), mask)
     enforce(result.sparse_integrity_check)
@@ -87,8 +89,18 @@ def check_model(config: PruneConfig, folder: Path) -> None:
     if not config.skip_ppl_eval:
         check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
     n_of_m = parse_pattern(config.pattern)
-    check_blocks(*find_blocks(empty_model(model_config, config.trust_remote_code)), n_of_m[1] if n_of_m else 1)
+    found = find_blocks("dense_model", empty_model(model_config, config.trust_remote_code))
+    check_blocks("dense_model", *found, n_of_m[1] if n_of_m else 1)
     check_new("output_dir", config.output_dir, weight_bytes(folder))
+
+
+def report_dense_layers(model: Any, result: StageRecord) -> None:
+    """Say, and record, how many weights are in linear layers outside the blocks, which pruning leaves as they are."""
+    name, _ = find_blocks("dense_model", model)
+    outside = linears_outside(name, model, head_name(model))
+    if outside:
+        result.measured["dense_linear_weights"] = sum(layer.weight.numel() for layer in outside.values())
+        log(f"{result.measured['dense_linear_weights']} weights outside the blocks stay dense: {', '.join(outside)}")
 
 
 def prune_model(model: Any, ids: Tensor, config: PruneConfig) -> tuple[Mask, list[dict[str, Any]]]:
@@ -102,7 +114,7 @@ def prune_model(model: Any, ids: Tensor, config: PruneConfig) -> tuple[Mask, lis
     Returns:
         (mask, one entry per linear layer: name, block, linear, sparsity, relative_error, seconds).
     """
-    name, blocks = find_blocks(model)
+    name, blocks = find_blocks("dense_model", model)
     batches = capture(model, blocks, ids)
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from components.core.blocks import check_blocks, find_blocks
 from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len
 from components.core.checkpoint.files import weight_bytes
 from components.core.checkpoint.loading import empty_model, load_model, load_tokenizer
@@ -35,6 +36,7 @@ def run(config: QuantizeConfig) -> StageRecord:
     device = pick_device()
     model_config = check_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
     check_dense("model_dir", config.model_dir, model_config)
+    check_blocks("model_dir", *find_blocks("model_dir", empty_model(model_config, config.trust_remote_code)))
     mask = load_mask(config.mask_file) if config.mask_file else None
     if mask:
         check_mask(mask, empty_model(model_config, config.trust_remote_code))

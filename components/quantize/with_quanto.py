@@ -1,5 +1,6 @@
 """INT8 and FP8 weights with optimum-quanto: symmetric, one scale per row, zeros stay zero."""
 
+import functools
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ class NonzeroScale(AbsmaxOptimizer):
 
 def quantize(model: Any, format: str, head: str) -> Any:
     """Quantize all linear layers except the head, in place; returns an object with `save_pretrained`."""
-    return QuantizedModelForCausalLM.quantize(model, weights=QTYPES[format], optimizer=NonzeroScale(), exclude=head)
+    quantized = QuantizedModelForCausalLM.quantize(model, weights=QTYPES[format], optimizer=NonzeroScale(), exclude=head)
+    # its loader looks weights up by the names of the modules, while transformers would write those of older checkpoints
+    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    return quantized
 
 
 def stored(module: nn.Module) -> Tensor:

@@ -30,6 +30,7 @@ SUPPORTED = {
     "Starcoder2": SMALL,
     "Falcon": OLD | NO_ENDS,
     "Glm4": SMALL | NO_PADDING,
+    "GPTNeoX": OLD | NO_ENDS | {"intermediate_size": 128},
 }
 REFUSED = {
     "Mixtral": (SMALL | {"num_local_experts": 4}, "dense_model must keep the matrices of its blocks in nn.Linear layers"),
@@ -81,3 +82,25 @@ def test_another_architecture_is_refused_with_a_reason(tmp_path, evaluation, nam
     with pytest.raises(ValueError, match=reason):
         prune(prune_settings(tmp_path, evaluation))
     assert not (tmp_path / "pruned").exists()
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GPT2"])
+def test_what_would_stay_dense_in_silence_is_not_quantized(tmp_path, evaluation, name):
+    settings, reason = REFUSED[name]
+    save(tmp_path / "dense", name, settings)
+    with pytest.raises(ValueError, match=reason.replace("dense_model", "model_dir")):
+        quantize(QuantizeConfig(model_dir=str(tmp_path / "dense"), output_dir=str(tmp_path / "int8"), **evaluation))
+    assert not (tmp_path / "int8").exists()
+
+
+def test_linear_layers_outside_the_blocks_are_reported(tmp_path, evaluation, capsys):
+    save(tmp_path / "dense", "OPT", SUPPORTED["OPT"] | {"word_embed_proj_dim": 32})  # which is projected in and out
+    record = prune(prune_settings(tmp_path, evaluation))
+    assert record.measured["dense_linear_weights"] == 2 * 32 * 64
+    assert "4096 weights outside the blocks stay dense: " in capsys.readouterr().out
+    assert "dense_linear_weights" not in prune_llama(tmp_path / "llama", evaluation).measured
+
+
+def prune_llama(folder, evaluation):
+    save(folder / "dense", "Llama", SMALL)
+    return prune(prune_settings(folder, evaluation))

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from safetensors import safe_open
+
 from components.core.files import read_json
 
 WEIGHTS_FILE = "model.safetensors"
@@ -35,3 +37,12 @@ def weight_files(folder: Path) -> list[Path]:
 def weight_bytes(folder: str | Path) -> int:
     """Size of a checkpoint's weights on disk, in bytes."""
     return sum(file.stat().st_size for file in weight_files(Path(folder)))
+
+
+def stored_names(folder: Path) -> set[str]:
+    """Names of all tensors in a checkpoint's weight files."""
+    names: set[str] = set()
+    for file in weight_files(folder):
+        with safe_open(file, framework="numpy") as opened:
+            names |= set(opened.keys())
+    return names

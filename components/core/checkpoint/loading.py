@@ -1,5 +1,7 @@
 """Load a dense, sparse or quantized checkpoint."""
 
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 from transformers.utils import logging as transformers_logging
 
 from components.core.checkpoint.checks import check_checkpoint
-from components.core.checkpoint.files import QUANTO_FILE
+from components.core.checkpoint.files import QUANTO_FILE, stored_names
 from components.core.progress import quiet_bars
 
 transformers_logging.disable_progress_bar()  # a pod's log should not contain control characters
@@ -25,9 +27,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust
     config = check_checkpoint("model folder", path, trust_remote_code)
     try:
         if (Path(path) / QUANTO_FILE).is_file():
-            from optimum.quanto import QuantizedModelForCausalLM
-
-            model = QuantizedModelForCausalLM.from_pretrained(path)._wrapped
+            model = _load_quanto(Path(path))
             if device.type == "cuda":
                 dequantize(model)
         else:
@@ -35,6 +35,9 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust
             if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "compressed-tensors":
                 # decompress now, not in the first forward pass of the whole model: we call its decoder directly
                 more = {"dtype": "auto", "quantization_config": CompressedTensorsConfig(run_compressed=False)}
+                # a scale without its weight would end in an error of the conversion that names neither
+                stored = {name.removesuffix("_packed") for name in stored_names(Path(path))}
+                _refuse(path, {name.removesuffix("_scale") for name in stored if name.endswith(".weight_scale")} - stored, ())
             with quiet_bars():
                 model, report = AutoModelForCausalLM.from_pretrained(
                     path,
@@ -46,11 +49,36 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust
                 )
             for name, found, expected in sorted(report["mismatched_keys"]):
                 raise ValueError(f"{path} must hold weights of its model's shapes, {name} is {[*found]}, not {[*expected]}")
-            for name in sorted(report["missing_keys"]):
-                raise ValueError(f"{path} must hold every weight of its model, {name} is missing")
+            _refuse(path, report["missing_keys"], report["unexpected_keys"])
     except SafetensorError as error:
         raise ValueError(f"{path} holds weights that cannot be read: {error}") from error
     return model.to(device).eval()
+
+
+def _load_quanto(folder: Path) -> Any:
+    """Load a model that optimum-quanto has quantized.
+
+    Its loader leaves a weight that it does not find as raw memory, and ignores one that it does not know.
+    """
+    from optimum.quanto import QuantizedModelForCausalLM
+
+    model = QuantizedModelForCausalLM.from_pretrained(folder)._wrapped
+    stored = stored_names(folder)
+    # tied weights are stored once
+    names_of: dict[int, set[str]] = defaultdict(set)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names_of[id(tensor)].add(name)
+    missing = [sorted(names)[0] for names in names_of.values() if not names & stored]
+    _refuse(folder, missing, stored - model.state_dict().keys())
+    return model
+
+
+def _refuse(path: str | Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise ValueError if a checkpoint lacks weights of its model, or has others; names the first."""
+    for name in sorted(missing):
+        raise ValueError(f"{path} must hold every weight of its model, {name} is missing")
+    for name in sorted(unexpected):
+        raise ValueError(f"{path} must hold only weights of its model, {name} is not one of them")
 
 
 def dequantize(model: nn.Module) -> None:

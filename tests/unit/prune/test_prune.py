@@ -6,12 +6,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Qwen3Config
 
+from components.core.blocks import check_blocks, find_blocks, linears
 from components.core.history import read_history
 from components.core.mask.mask import load_mask, pruned_count
 from components.prune.calibration import advance, batch_size, capture, hessians
 from components.prune.config import PruneConfig
 from components.prune.stage import prune_model, run
-from components.prune.structure import check_blocks, find_blocks, linears
 from tests.conftest import SMALL, VOCABULARY, save_tiny
 
 
@@ -25,7 +25,7 @@ def settings(**changes) -> PruneConfig:
 
 
 def test_blocks_are_found_by_structure(model):
-    name, blocks = find_blocks(model)
+    name, blocks = find_blocks("dense_model", model)
     assert name == "model.layers"
     assert len(blocks) == 2
     assert "lm_head" not in [layer for block in blocks for layer in linears(block)]
@@ -35,14 +35,14 @@ def test_blocks_are_found_by_structure(model):
 def test_fused_matrices_are_refused_by_name():
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64))
     with pytest.raises(ValueError, match=r"nn\.Linear"):
-        check_blocks(*find_blocks(gpt2))
+        check_blocks("dense_model", *find_blocks("dense_model", gpt2))
     with pytest.raises(ValueError, match=r"nn\.ModuleList"):
-        find_blocks(nn.Sequential(nn.Linear(2, 2)))
+        find_blocks("dense_model", nn.Sequential(nn.Linear(2, 2)))
 
 
 def test_rows_must_divide_into_groups(model):
     with pytest.raises(ValueError, match=r"multiples of 48.*q_proj"):
-        check_blocks(*find_blocks(model), 48)
+        check_blocks("dense_model", *find_blocks("dense_model", model), 48)
 
 
 def gemma3(**changes):
@@ -56,7 +56,7 @@ def gemma3(**changes):
 def test_replaying_the_blocks_gives_the_models_own_hidden_states(model, make):
     model = make() if make else model
     tokens = ids(6, 24)
-    _, blocks = find_blocks(model)
+    _, blocks = find_blocks("dense_model", model)
     batches = capture(model, blocks, tokens)
     with torch.no_grad():
         for index, block in enumerate(blocks):
@@ -69,7 +69,7 @@ def test_replaying_the_blocks_gives_the_models_own_hidden_states(model, make):
 
 def test_hessian_is_that_of_the_inputs_and_shared(model):
     tokens = ids(4, 16)
-    _, blocks = find_blocks(model)
+    _, blocks = find_blocks("dense_model", model)
     seen = {}
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].detach()}))
@@ -194,7 +194,7 @@ def test_half_precision_weights_stay_exact_zeros(tmp_path, corpus):
 
 
 def test_experts_that_see_no_token_are_an_error(model):
-    _, blocks = find_blocks(model)
+    _, blocks = find_blocks("dense_model", model)
     batches = capture(model, blocks, ids(1, 4))
     blocks[0].idle = nn.Linear(64, 64)
     with pytest.raises(ValueError, match="idle saw none"):

@@ -1,13 +1,16 @@
-"""Quantized checkpoints: reload in a fresh process, zeros, both backends."""
+"""Quantized checkpoints: reload in a fresh process, zeros, both engines."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from components.core.checkpoint.files import INDEX_FILE, WEIGHTS_FILE
 from components.core.checkpoint.loading import dequantize, load_model
 from components.core.history import read_history
 from components.core.mask.integrity import SparsityError
@@ -122,3 +125,32 @@ def test_a_quantized_model_is_not_quantized_again(sparse, tmp_path):
     run(QuantizeConfig(model_dir=str(sparse), output_dir=str(tmp_path / "out"), skip_ppl_eval=True))
     with pytest.raises(ValueError, match="must not be quantized"):
         run(QuantizeConfig(model_dir=str(tmp_path / "out"), output_dir=str(tmp_path / "twice"), skip_ppl_eval=True))
+
+
+@pytest.mark.parametrize("engine", ["optimum-quanto", "compressed-tensors"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("removed", "must hold every weight of its model, "), ("added", "must hold only weights of its model, stranger is not")],
+)
+def test_a_quantized_checkpoint_with_other_weights_is_refused_by_name(
+    request, sparse, corpus, tmp_path, engine, change, message
+):
+    """optimum-quanto itself would leave what is missing as raw memory."""
+    if engine == "compressed-tensors":
+        request.getfixturevalue("no_quanto")
+    record = run(QuantizeConfig(model_dir=str(sparse), output_dir=str(tmp_path / "int8"), skip_ppl_eval=True))
+    assert record.measured["engine"] == engine
+    folder = tmp_path / "int8"
+    assert load_model(folder, torch.float32, CPU)
+    weights = load_file(folder / WEIGHTS_FILE)
+    name = next(name for name in weights if re.search(r"up_proj\.weight(\._data|_packed)?$", name))
+    if change == "removed":
+        del weights[name]
+        message += name.removesuffix("._data").removesuffix("_packed")
+    else:
+        weights["stranger"] = torch.zeros(2)
+    save_file(weights, folder / WEIGHTS_FILE, {"format": "pt"})
+    index = json.loads((folder / INDEX_FILE).read_text())
+    (folder / INDEX_FILE).write_text(json.dumps(index | {"weight_map": dict.fromkeys(weights, WEIGHTS_FILE)}))
+    with pytest.raises(ValueError, match=message):
+        load_model(folder, torch.float32, CPU)

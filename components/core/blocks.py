@@ -1,12 +1,16 @@
-"""Find the layers to prune by structure: the decoder's list of blocks and the `nn.Linear` layers inside them."""
+"""Find the layers that are pruned and quantized, by structure: the decoder's blocks and the `nn.Linear` layers inside them."""
 
 from torch import nn
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(parameter: str, model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks: the outermost `nn.ModuleList` in which every entry contains `nn.Linear` layers.
 
     If there are several (a vision tower beside a decoder), the one with the most weights in linear layers is used.
+
+    Args:
+        parameter: name of the setting that names the model, for messages.
+        model: a causal language model.
 
     Returns:
         (its name in the model, the list).
@@ -21,7 +25,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             found[name] = module
     if not found:
         raise ValueError(
-            f"dense_model must be a decoder with an nn.ModuleList of blocks that hold nn.Linear layers; "
+            f"{parameter} must be a decoder with an nn.ModuleList of blocks that hold nn.Linear layers; "
             f"{type(model).__name__} has none"
         )
     name = max(found, key=lambda key: sum(layer.weight.numel() for layer in linears(found[key]).values()))
@@ -33,10 +37,26 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def check_blocks(name: str, blocks: nn.ModuleList, group: int = 1) -> None:
+def linears_outside(name: str, model: nn.Module, head: str) -> dict[str, nn.Linear]:
+    """The linear layers outside the blocks, by name; without the head.
+
+    Args:
+        name: name of the list of blocks in the model.
+        model: a causal language model.
+        head: name of the layer that makes the logits.
+    """
+    return {
+        layer_name: layer
+        for layer_name, layer in linears(model).items()
+        if layer_name != head and not layer_name.startswith(f"{name}.")
+    }
+
+
+def check_blocks(parameter: str, name: str, blocks: nn.ModuleList, group: int = 1) -> None:
     """Check that all weight matrices are in linear layers, and that their rows divide evenly into groups.
 
     Args:
+        parameter: name of the setting that names the model, for messages.
         name: the list's name in the model, for messages.
         blocks: the decoder blocks.
         group: M of an N:M pattern.
@@ -47,11 +67,11 @@ def check_blocks(name: str, blocks: nn.ModuleList, group: int = 1) -> None:
     """
     for index, block in enumerate(blocks):
         weights = {id(layer.weight) for layer in linears(block).values()}
-        for parameter_name, parameter in block.named_parameters():
-            if parameter.ndim >= 2 and id(parameter) not in weights:
+        for weight_name, weight in block.named_parameters():
+            if weight.ndim >= 2 and id(weight) not in weights:
                 raise ValueError(
-                    f"dense_model must keep the matrices of its blocks in nn.Linear layers; "
-                    f"{name}.{index}.{parameter_name} {list(parameter.shape)} is none"
+                    f"{parameter} must keep the matrices of its blocks in nn.Linear layers; "
+                    f"{name}.{index}.{weight_name} {list(weight.shape)} is none"
                 )
         for layer_name, layer in linears(block).items():
             if layer.in_features % group:
