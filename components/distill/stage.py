@@ -25,7 +25,7 @@ from components.distill import launch
 from components.distill.backends import Fsdp, SingleProcess
 from components.distill.config import DistillConfig
 from components.distill.loop import Progress, Trainer, plan
-from components.distill.teacher import Teacher
+from components.distill.teacher import Teacher, cache_name
 from components.distill.with_deepspeed import DeepSpeed
 
 BACKENDS = {"none": SingleProcess, "fsdp": Fsdp, "deepspeed": DeepSpeed}
@@ -80,9 +80,7 @@ def train(config: DistillConfig, device: torch.device) -> StageRecord:
         "student": sample_fingerprint(weight_files(Path(config.student_model))),
     }
     cached = config.teacher_cache == "always" or (config.teacher_cache == "auto" and config.epochs > 1)
-    # named after its contents: a cache left behind by a killed run is reused only when that run is repeated
-    key = hashlib.sha256(f"{inputs['teacher']} {inputs['training text']} {dtype}".encode()).hexdigest()[:12]
-    cache = Path(f"{config.output_dir}.teacher-{key}") if cached else None
+    cache = Path(f"{config.output_dir}.{cache_name(teacher_folder, blocks, dtype, device)}") if cached else None
     teacher = Teacher(load_model(teacher_folder, dtype, device, config.trust_remote_code), blocks, cache)
     backend.prepare(student, mask, total_steps)
     trainer = Trainer(backend, teacher, blocks, evaluation.ids if evaluation else None, config, inputs)

@@ -4,6 +4,8 @@ Hidden states give the exact logits but are much smaller: 2 bytes times the widt
 vocabulary. With the cache they are rounded to bfloat16 in every epoch, so a run does not depend on what was already cached.
 """
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from components.core.checkpoint.files import weight_files
+from components.core.files import sample_fingerprint
+from components.core.history import versions
 from components.core.perplexity import decoder_and_head
+
+
+def cache_name(folder: Path, blocks: Tensor, dtype: torch.dtype, device: torch.device) -> str:
+    """A name for the hidden states of training blocks, made from everything that they depend on.
+
+    So a cache left behind by a killed run is used again by the same run, and by no other.
+
+    Args:
+        folder: the teacher's checkpoint.
+        blocks: training tokens [blocks, seq_len].
+        dtype: the teacher's compute dtype.
+        device: where it runs.
+    """
+    used = versions()
+    parts = {
+        "teacher": sample_fingerprint([folder / "config.json", *weight_files(folder)]),
+        "shape": list(blocks.shape),  # the same tokens, cut into other blocks, have other states
+        "tokens": hashlib.sha256(blocks.to(torch.int32).numpy().tobytes()).hexdigest(),
+        "computed": [str(dtype), device.type, used["torch"], used["transformers"]],
+    }
+    return f"teacher-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 
 
 class Teacher:

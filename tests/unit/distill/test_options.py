@@ -7,7 +7,7 @@ import torch
 
 from components.core.mask.mask import load_mask
 from components.distill.stage import run, training_blocks
-from components.distill.teacher import Teacher
+from components.distill.teacher import Teacher, cache_name
 from tests.conftest import save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.distill.test_distill import pruned, settings, trainer  # noqa: F401 (a fixture)
 
@@ -50,6 +50,25 @@ def test_cached_states_are_the_teachers_rounded_and_the_same_each_time(tmp_path)
     assert not seen
     cached.forget()
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_is_used_again_only_for_the_same_states(tmp_path):
+    blocks = torch.arange(64).view(4, 16)
+    folders = [save_tiny(tmp_path / name, seed=seed) for name, seed in (("same", 0), ("again", 0), ("seed", 1), ("config", 0))]
+    settings = json.loads((folders[3] / "config.json").read_text())
+    (folders[3] / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.1}))
+    cpu, plain = torch.device("cpu"), torch.float32
+    name = cache_name(folders[0], blocks, plain, cpu)
+    assert cache_name(folders[1], blocks.clone(), plain, cpu) == name
+    others = [
+        cache_name(folders[0], blocks.view(8, 8), plain, cpu),  # the same bytes
+        cache_name(folders[0], blocks.flip(0), plain, cpu),
+        cache_name(folders[0], blocks, torch.bfloat16, cpu),
+        cache_name(folders[0], blocks, plain, torch.device("cuda")),
+        cache_name(folders[2], blocks, plain, cpu),
+        cache_name(folders[3], blocks, plain, cpu),
+    ]
+    assert len({name, *others}) == 7
 
 
 def test_the_stage_leaves_no_cache_behind(pruned, corpus, tmp_path):  # noqa: F811
