@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+NAME_ROOM = 48  # bytes that names of temporary files beside an output are longer than its own
+
 
 def check_new(parameter: str, path: str | os.PathLike[str], bytes_needed: int = 0) -> None:
     """Check, before any heavy work, that `path` can be created.
@@ -21,7 +23,7 @@ def check_new(parameter: str, path: str | os.PathLike[str], bytes_needed: int = 
         bytes_needed: approximate size of what will be written there.
 
     Raises:
-        ValueError: `path` already exists, its folder is not writable, or the disk is too full.
+        ValueError: `path` already exists, its folder is not writable, its name is too long, or the disk is too full.
     """
     target = Path(path).absolute()
     if os.path.lexists(target):  # unlike Path.exists, this treats an inaccessible path as missing
@@ -29,9 +31,26 @@ def check_new(parameter: str, path: str | os.PathLike[str], bytes_needed: int = 
     place = next(folder for folder in target.parents if os.path.lexists(folder))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"{parameter} must lie in a folder that can be written, got {path}")
+    longest = os.pathconf(place, "PC_NAME_MAX") - NAME_ROOM
+    if any(len(os.fsencode(part)) > longest for part in target.relative_to(place).parts):
+        raise ValueError(f"{parameter} must have names of at most {longest} bytes, got {path}")
     free = shutil.disk_usage(place).free
     if bytes_needed > free:
         raise ValueError(f"{parameter} needs about {bytes_needed / 1e9:.2f} GB of disk, {place} has {free / 1e9:.2f} GB free")
+
+
+def check_folder(parameter: str, path: str | os.PathLike[str]) -> None:
+    """Check, before any heavy work, that `path` is a folder to write to, or can become one.
+
+    Raises:
+        ValueError: it is not a folder, is not writable, or cannot be created.
+    """
+    target = Path(path).absolute()
+    if os.path.lexists(target):
+        if not target.is_dir() or not os.access(target, os.W_OK | os.X_OK):
+            raise ValueError(f"{parameter} must be a folder that can be written, got {path}")
+    else:
+        check_new(parameter, path)
 
 
 @contextlib.contextmanager

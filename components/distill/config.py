@@ -8,7 +8,7 @@ from typing import Any
 
 from components.core.checks import check_above, check_at_least, check_in_unit_interval, check_not_empty, check_one_of
 from components.core.corpus import WIKITEXT2, check_data, check_held_out
-from components.core.files import check_new, read_json
+from components.core.files import check_folder, check_new, read_json
 from components.core.models import check_model_id
 from components.core.settings import EXECUTION, INPUT, OUTPUT, START, BlockSettings, EvalSettings, ModelSettings
 
@@ -186,6 +186,15 @@ class DistillConfig(DistillSettings):
             for parameter, text in texts.items():
                 check_held_out(parameter, text, self.eval_data)
         check_new("output_dir", self.output_dir)
+        self.check_folders()
+
+    def check_folders(self) -> None:
+        """Check the folders that are written to while training: at its end, output_dir must still be free."""
+        for parameter in ("checkpoint_dir", "tensorboard_dir"):
+            if folder := getattr(self, parameter):
+                if Path(folder).resolve().is_relative_to(Path(self.output_dir).resolve()):
+                    raise ValueError(f"{parameter} must lie outside output_dir {self.output_dir}, got {folder}")
+                check_folder(parameter, folder)
 
     def flags(self, leave_out: Collection[str] = ()) -> list[str]:
         """The settings as command-line flags of this stage; empty settings are omitted too."""

@@ -110,6 +110,9 @@ class DistillDistributedConfig(JobSettings, DistillConfig):
             if not Path(path).is_dir():
                 raise ValueError(f"{parameter} must be a folder for a job, got {path}")
 
+    def check_folders(self) -> None:
+        """Nothing to check here: they are folders of the nodes."""
+
     def inputs(self) -> dict[str, str]:
         """What the nodes read: parameter → path; for the mask, the path of its folder."""
         mask = Path(self.mask_file)

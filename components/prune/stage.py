@@ -1,5 +1,6 @@
 """The prune stage: calibrate, prune and run each block in turn, then check, measure and save the model."""
 
+import contextlib
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from components.core.checkpoint.loading import empty_model, load_model, load_tok
 from components.core.checkpoint.saving import save_checkpoint
 from components.core.checks import parse_pattern
 from components.core.device import pick_device, pick_dtype
-from components.core.files import check_new, new_directory
+from components.core.files import check_new, new_directory, new_file
 from components.core.history import StageRecord, Stopwatch, versions, write_history
 from components.core.mask.file import MASK_FILE
 from components.core.mask.integrity import enforce, integrity
@@ -73,10 +74,12 @@ def run(config: PruneConfig) -> StageRecord:
     result.measured["sparsity"] = mask.realised_sparsity()
     result.measured |= watch.read()
     result.details["layers"] = layers
-    with new_directory(config.output_dir) as scratch:
+    # the mask outside the folder appears after the folder: if one fails, neither is left
+    mask_outside = new_file(config.mask_file) if config.mask_file else contextlib.nullcontext()
+    with mask_outside as mask_file, new_directory(config.output_dir) as scratch:
         save_checkpoint(model, tokenizer, scratch)
         write_history(scratch, source_history(config.dense_model, folder), result)
-        save_mask(mask, config.mask_file or scratch / MASK_FILE)
+        save_mask(mask, mask_file or scratch / MASK_FILE)
     log(f"pruned to {result.measured['sparsity']:.4f} sparsity in {result.measured['seconds']:.0f} s: {config.output_dir}")
     return result
 

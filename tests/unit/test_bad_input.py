@@ -307,6 +307,32 @@ def test_a_mask_file_inside_the_output_is_refused_at_once(start, tmp_path, place
     assert_refused(ended, f"mask_file must lie outside output_dir {tmp_path}/output, got ", tmp_path)
 
 
+@pytest.mark.parametrize("parameter", ["checkpoint_dir", "tensorboard_dir"])
+@pytest.mark.parametrize(
+    ("folder", "line"),
+    [
+        ("{output}", "must lie outside output_dir {place}/output, got {place}/output"),
+        ("{output}/inside", "must lie outside output_dir {place}/output, got {place}/output/inside"),
+        ("{place}/else/../output", "must lie outside output_dir {place}/output, got "),
+        ("{place}/file", "must be a folder that can be written, got {place}/file"),
+        ("{place}/file/inside", "must lie in a folder that can be written, got {place}/file/inside"),
+    ],
+)
+@pytest.mark.usefixtures("no_weights")
+def test_a_folder_that_training_cannot_write_to_is_refused_at_once(start, tmp_path, parameter, folder, line):
+    (tmp_path / "file").touch()
+    ended = start("distill", {parameter: folder})
+    assert_refused(ended, f"{parameter} {line.format(place=tmp_path)}", tmp_path, left=("file",))
+
+
+@pytest.mark.parametrize("stage", [stage for stage in GOOD if "output_dir" in GOOD[stage]])
+@pytest.mark.usefixtures("no_weights")
+def test_an_output_with_too_long_a_name_is_refused_at_once(start, tmp_path, stage):
+    """A temporary name beside it is longer than its own."""
+    ended = start(stage, {"output_dir": "{place}/" + "x" * 240})
+    assert_refused(ended, "output_dir must have names of at most 207 bytes, got ", tmp_path)
+
+
 @pytest.mark.usefixtures("no_weights")
 def test_an_output_below_a_file_is_refused(start, tmp_path):
     (tmp_path / "file").touch()

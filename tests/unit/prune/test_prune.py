@@ -1,5 +1,7 @@
 """The walk over the model: structure, recorded calls, Hessians, masks of whole checkpoints."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -205,3 +207,19 @@ def test_qwen3_has_its_norms_left_alone():
     model = AutoModelForCausalLM.from_config(Qwen3Config(**SMALL))
     mask, _ = prune_model(model, ids(2, 8), settings())
     assert not [name for name in mask.tensors if "norm" in name or "embed" in name or "lm_head" in name]
+
+
+def test_a_model_that_cannot_be_put_in_place_leaves_no_mask(tmp_path, corpus, monkeypatch):
+    save_tiny(tmp_path / "dense")
+    rename = Path.rename
+
+    def fail(path, target):
+        if Path(target).name == "pruned":
+            raise OSError("the disk went away")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    places = {"dense_model": str(tmp_path / "dense"), "output_dir": str(tmp_path / "pruned"), "calibration_data": str(corpus)}
+    with pytest.raises(OSError, match="the disk went away"):
+        run(settings(**places, mask_file=str(tmp_path / "mask.safetensors"), nsamples=2, seq_len=16, skip_ppl_eval=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
