@@ -20,7 +20,7 @@ from typing import Any
 from components.core.files import sample_fingerprint, write_json
 from components.core.history import StageRecord, Stopwatch, versions
 from components.core.progress import log
-from components.core.storage import check_writable, is_complete, read_bytes, upload, write_bytes
+from components.core.storage import check_whole, check_writable, is_complete, read_bytes, remove, upload, write_bytes
 from components.publish.config import PublishConfig
 from components.publish.gate import Candidate, check_gate, read_candidate
 from components.publish.registry import Registry
@@ -60,8 +60,13 @@ def publish(config: PublishConfig, candidates: list[Candidate], folders: dict[st
     place = f"{config.publish_to}/{version}"
     if is_complete(place):
         check_same(place, digest)
-        log(f"already published with the same content: {place}")
-    else:
+        try:
+            check_whole(place)
+            log(f"already published with the same content: {place}")
+        except ValueError as error:
+            log(f"published before, but damaged since, so it is uploaded anew: {error}")
+            remove(place)
+    if not is_complete(place):
         upload_version(folders, describe(version, digest, candidates), place)
     if registry:
         for candidate in candidates:

@@ -2,6 +2,7 @@
 
 from components.core.storage.place import (
     check_place,
+    check_whole,
     check_writable,
     download,
     is_complete,
@@ -13,6 +14,7 @@ from components.core.storage.place import (
 
 __all__ = [
     "check_place",
+    "check_whole",
     "check_writable",
     "download",
     "is_complete",

@@ -8,7 +8,6 @@ Credentials for gs://; AWS_ACCESS_KEY_ID and related variables, or a role, for s
 MINIO_ACCESS_KEY and MINIO_SECRET_KEY.
 """
 
-import base64
 import contextlib
 import importlib
 import json
@@ -16,19 +15,15 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-
-import google_crc32c
 
 from components.core.files import check_new, new_directory
 from components.core.progress import log
-from components.core.storage.base import WORKERS, Held, Store
+from components.core.storage.base import Store
 from components.core.storage.folder import FolderStore
+from components.core.storage.listing import COMPLETE, check_held, checksum, checksums, parse
 
-COMPLETE = "complete.json"
-_PIECE = 2**20
 _BUCKETS = {  # scheme: module of its store, extra that installs it
     "gs": ("components.core.storage.gcs", "gcs"),
     "s3": ("components.core.storage.s3", "s3"),
@@ -102,9 +97,9 @@ def upload(folder: Path, place: str) -> None:
         raise ValueError(f"place must not hold other places that are complete, got {place} with {whole[0]}")
     store.delete(rest)
     with _measured("uploaded", place, [path.stat().st_size for path in files.values()]):
-        sums = _checksums(files)
+        sums = checksums(files)
         store.put(files)
-        _check_held(store, place, sums)
+        check_held(store, place, sums)
         store.write(COMPLETE, json.dumps({"files": {name: held._asdict() for name, held in sums.items()}}, indent=2).encode())
 
 
@@ -122,18 +117,18 @@ def download(place: str, folder: Path) -> None:
     check_place("place", place)
     store = open_store(place)
     try:
-        sums = _parse(store.read(COMPLETE), place)
+        sums = parse(store.read(COMPLETE), place)
     except FileNotFoundError as error:
         raise ValueError(f"place must be complete, {place} is not complete: it has no {COMPLETE}") from error
     sizes = [held.size for held in sums.values()]
     check_new("folder", folder, sum(sizes))
-    _check_held(store, place, sums)
+    check_held(store, place, sums)
     with _measured("downloaded", place, sizes), new_directory(folder) as scratch:
         files = {name: scratch / name for name in sums}
         for path in files.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         store.get(files)
-        for name, held in _checksums(files).items():
+        for name, held in checksums(files).items():
             if held != sums[name]:
                 raise ValueError(f"{place}/{name} must be what {COMPLETE} says, {sums[name]}, got {held}")
 
@@ -146,6 +141,26 @@ def is_complete(place: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def check_whole(place: str) -> None:
+    """Check that a complete place still holds every file as it was uploaded.
+
+    Raises:
+        ValueError: an object is missing, or differs in size or checksum; names it.
+        OSError: the place could not be read, after the library's retries.
+    """
+    check_place("place", place)
+    store = open_store(place)
+    sums = parse(store.read(COMPLETE), place)
+    check_held(store, place, sums)
+    there = store.list()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (name for name in sums if there[name].crc32c is None):  # where the store does not know it, one by one
+            copy = Path(folder) / "object"
+            store.get({name: copy})
+            if (found := checksum(copy)) != sums[name]:
+                raise ValueError(f"{place}/{name} must be what {COMPLETE} says, {sums[name]}, got {found}")
 
 
 def write_bytes(place: str, data: bytes) -> None:
@@ -192,52 +207,6 @@ def _check_writable_folder(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     with tempfile.TemporaryFile(dir=existing) as file:
         file.write(b"x")
-
-
-def _checksum(path: Path) -> Held:
-    """Size and CRC-32C of a file, read in pieces because a shard may be many gigabytes."""
-    crc, size = google_crc32c.Checksum(), 0
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            crc.update(piece)
-            size += len(piece)
-    return Held(size, base64.b64encode(crc.digest()).decode())
-
-
-def _checksums(files: Mapping[str, Path]) -> dict[str, Held]:
-    """`_checksum` of every file, several at once."""
-    with ThreadPoolExecutor(WORKERS) as pool:
-        return dict(zip(files, pool.map(_checksum, files.values()), strict=True))
-
-
-def _check_held(store: Store, place: str, sums: Mapping[str, Held]) -> None:
-    """Check that the store reports every object with the expected size and checksum.
-
-    Raises:
-        ValueError: an object is missing or differs.
-    """
-    there = store.list()
-    for name, held in sums.items():
-        found = there.get(name)
-        if found is None or found.size != held.size or found.crc32c not in (None, held.crc32c):
-            raise ValueError(f"{place}/{name} must be what was uploaded, {held}, got {found or 'no object'}")
-
-
-def _parse(data: bytes, place: str) -> dict[str, Held]:
-    """Parse `complete.json`.
-
-    Raises:
-        ValueError: it is malformed, or a name in it leads outside the folder that it is downloaded to.
-    """
-    try:
-        sums = {str(name): Held(int(held["size"]), str(held["crc32c"])) for name, held in json.loads(data)["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{place}/{COMPLETE} must list files with size and crc32c: {error!r}") from error
-    for name in sums:
-        parts = PurePosixPath(name).parts
-        if not parts or name != "/".join(parts) or parts[0] == "/" or ".." in parts or "\0" in name:
-            raise ValueError(f"names in {place}/{COMPLETE} must stay below their folder, got {name!r}")
-    return sums
 
 
 @contextlib.contextmanager

@@ -155,6 +155,19 @@ def test_a_damaged_object_fails_and_is_named(place, tmp_path, damaged):
     assert [path.name for path in tmp_path.iterdir() if "back" in path.name] == []
 
 
+@pytest.mark.parametrize("damage", ["missing", "shorter", "other bytes"])
+def test_a_place_that_no_longer_holds_what_was_uploaded_is_told_from_a_whole_one(place, tmp_path, damage):
+    storage.upload(fill(tmp_path / "source", FILES), place)
+    storage.check_whole(place)
+    if damage == "missing":
+        open_store(place).delete(["config.json"])
+    else:
+        data = FILES["config.json"]
+        storage.write_bytes(f"{place}/config.json", data[:-1] if damage == "shorter" else data[::-1])
+    with pytest.raises(ValueError, match=f"{place}/config.json must be what"):
+        storage.check_whole(place)
+
+
 def listing(files: dict[str, bytes]) -> bytes:
     return json.dumps({"files": {name: {"size": len(data), "crc32c": "AAAAAA=="} for name, data in files.items()}}).encode()
 

@@ -13,7 +13,7 @@ from components.core import storage
 from components.core.files import read_json
 from components.core.history import read_history
 from components.core.mask.file import find_mask, fingerprint_of_file
-from components.core.storage.place import COMPLETE
+from components.core.storage.listing import COMPLETE
 from components.distill_distributed import node
 from tests.conftest import save_pruned
 

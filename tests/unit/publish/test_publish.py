@@ -66,6 +66,20 @@ def test_published_again_it_is_recognised_and_nothing_is_uploaded(settings, tmp_
     assert content(tmp_path / "models") == before
 
 
+@pytest.mark.parametrize("damage", ["deleted", "changed"])
+def test_a_published_version_that_was_damaged_is_uploaded_anew(settings, tmp_path, capsys, damage):
+    place = Path(publish(settings).measured["place"])
+    before = content(place)
+    weights = place / "int8" / "model.safetensors"
+    if damage == "deleted":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[::-1])
+    publish(settings)
+    assert "published before, but damaged since" in capsys.readouterr().out
+    assert content(place) == before
+
+
 def test_other_models_are_another_version_and_the_pointer_moves(settings, tmp_path):
     first = publish(settings).measured["version"]
     kept = content(tmp_path / "models" / first)

@@ -1,0 +1,60 @@
+"""`complete.json`: what a complete place holds, file by file, and whether it still does."""
+
+import base64
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import google_crc32c
+
+from components.core.storage.base import WORKERS, Held, Store
+
+COMPLETE = "complete.json"
+PIECE = 2**20  # bytes that are read at once
+
+
+def checksum(path: Path) -> Held:
+    """Size and CRC-32C of a file, read in pieces because a shard may be many gigabytes."""
+    crc, size = google_crc32c.Checksum(), 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            crc.update(piece)
+            size += len(piece)
+    return Held(size, base64.b64encode(crc.digest()).decode())
+
+
+def checksums(files: Mapping[str, Path]) -> dict[str, Held]:
+    """`_checksum` of every file, several at once."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return dict(zip(files, pool.map(checksum, files.values()), strict=True))
+
+
+def check_held(store: Store, place: str, sums: Mapping[str, Held]) -> None:
+    """Check that the store reports every object with the expected size and checksum.
+
+    Raises:
+        ValueError: an object is missing or differs.
+    """
+    there = store.list()
+    for name, held in sums.items():
+        found = there.get(name)
+        if found is None or found.size != held.size or found.crc32c not in (None, held.crc32c):
+            raise ValueError(f"{place}/{name} must be what was uploaded, {held}, got {found or 'no object'}")
+
+
+def parse(data: bytes, place: str) -> dict[str, Held]:
+    """Parse `complete.json`.
+
+    Raises:
+        ValueError: it is malformed, or a name in it leads outside the folder that it is downloaded to.
+    """
+    try:
+        sums = {str(name): Held(int(held["size"]), str(held["crc32c"])) for name, held in json.loads(data)["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{place}/{COMPLETE} must list files with size and crc32c: {error!r}") from error
+    for name in sums:
+        parts = PurePosixPath(name).parts
+        if not parts or name != "/".join(parts) or parts[0] == "/" or ".." in parts or "\0" in name:
+            raise ValueError(f"names in {place}/{COMPLETE} must stay below their folder, got {name!r}")
+    return sums
