@@ -6,6 +6,7 @@ others wait until it is complete, since an elastic job counts as succeeded, and 
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -20,6 +21,10 @@ from components.core.progress import log
 RESULT_PATIENCE = 3600.0  # seconds that a node without a result waits for the one that writes it
 POLL_SECONDS = 2.0
 UPLOAD_TRIES, UPLOAD_PAUSE = 5, 30.0  # the pause between tries is in seconds
+# seconds for which a failed node stays: once it ends, the operator may remove its pod, log and all, before the launcher, which
+# looks every three seconds, has read why it failed
+LAST_WORDS = 7.0
+STOPPED = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +81,18 @@ def wait_for(result: str) -> None:
 
 
 def main() -> None:
-    """Run a node."""
+    """Run one node."""
     stop_at_sigterm()
+    config = parse(NodeConfig, "One node of a distillation job.")
     try:
-        run(parse(NodeConfig, "One node of a distillation job."))
-    except (ValueError, OSError) as error:
-        fail(error)
+        try:
+            run(config)
+        except (ValueError, OSError) as error:
+            fail(error)
+    except SystemExit as end:
+        if end.code != STOPPED:
+            time.sleep(LAST_WORDS)
+        raise
 
 
 if __name__ == "__main__":

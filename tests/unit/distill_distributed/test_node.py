@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from components.core.files import read_json
 from components.core.history import read_history
 from components.core.mask.file import find_mask, fingerprint_of_file
 from components.core.storage.listing import COMPLETE
-from components.distill_distributed import node
+from components.distill_distributed import node, watch
 from tests.conftest import save_pruned
 
 FLAGS = ["--backend=fsdp", "--launcher=torchrun", "--seq_len=32", "--max_steps=2", "--batch_size=1", "--grad_accum_steps=1"]
@@ -113,3 +114,28 @@ def test_a_result_that_cannot_be_written_at_once_is_written_later(monkeypatch, c
     answers += [OSError("away")] * node.UPLOAD_TRIES
     with pytest.raises(OSError, match="away"):
         node.hand_over(Path("result"), "gs://bucket/result")
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "slept"),
+    [
+        (SystemExit(1), 1, [node.LAST_WORDS]),
+        (ValueError("no such input"), 2, [node.LAST_WORDS]),
+        (SystemExit(128 + signal.SIGTERM), 143, []),
+    ],
+    ids=["torchrun fails", "the node fails", "stopped"],
+)
+def test_a_node_that_failed_stays_until_its_log_can_have_been_read(monkeypatch, end, code, slept):
+    def fail(_):
+        raise end
+
+    stays = []
+    monkeypatch.setattr(node, "run", fail)
+    monkeypatch.setattr(node.time, "sleep", stays.append)
+    monkeypatch.setattr(node, "stop_at_sigterm", lambda: None)
+    monkeypatch.setattr("sys.argv", ["node", "--place", "/place", "--inputs", "{}", "--flags", "[]"])
+    with pytest.raises(SystemExit) as ended:
+        node.main()
+    assert ended.value.code == code
+    assert stays == slept
+    assert node.LAST_WORDS > 2 * watch.POLL_SECONDS
