@@ -37,9 +37,14 @@ class TokenBlocks:
 
     def fingerprint(self) -> str:
         """Identifies what a perplexity is measured on: exactly these tokens, cut into these blocks."""
-        digest = hashlib.sha256(self.ids.to(torch.int32).numpy().tobytes())
+        digest = hashlib.sha256(id_bytes(self.ids))
         digest.update(json.dumps([list(self.ids.shape), self.tokenizer]).encode())
         return digest.hexdigest()
+
+
+def id_bytes(ids: Tensor) -> bytes:
+    """Token ids as int32, which is how they are stored and fingerprinted; their shape is not part of it."""
+    return ids.to(torch.int32).numpy().tobytes()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

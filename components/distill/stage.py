@@ -20,7 +20,7 @@ from components.core.mask.mask import Mask, load_mask
 from components.core.mask.prunable import check_mask
 from components.core.models import local_folder
 from components.core.progress import log, log_perplexity
-from components.core.tokens import load_blocks
+from components.core.tokens import id_bytes, load_blocks
 from components.distill import launch
 from components.distill.backends import Fsdp, SingleProcess
 from components.distill.config import DistillConfig
@@ -128,7 +128,7 @@ def share_global_batch(config: DistillConfig, processes: int) -> DistillConfig:
 
 def text_of(blocks: Tensor) -> str:
     """SHA-256 of token blocks."""
-    return hashlib.sha256(blocks.to(torch.int32).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(id_bytes(blocks)).hexdigest()
 
 
 def training_blocks(config: DistillConfig, tokenizer: Any) -> Tensor:

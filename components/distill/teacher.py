@@ -17,6 +17,7 @@ from components.core.checkpoint.files import weight_files
 from components.core.files import sample_fingerprint
 from components.core.history import versions
 from components.core.perplexity import decoder_and_head
+from components.core.tokens import id_bytes
 
 
 def cache_name(folder: Path, blocks: Tensor, dtype: torch.dtype, device: torch.device) -> str:
@@ -34,7 +35,7 @@ def cache_name(folder: Path, blocks: Tensor, dtype: torch.dtype, device: torch.d
     parts = {
         "teacher": sample_fingerprint([folder / "config.json", *weight_files(folder)]),
         "shape": list(blocks.shape),  # the same tokens, cut into other blocks, have other states
-        "tokens": hashlib.sha256(blocks.to(torch.int32).numpy().tobytes()).hexdigest(),
+        "tokens": hashlib.sha256(id_bytes(blocks)).hexdigest(),
         "computed": [str(dtype), device.type, used["torch"], used["transformers"]],
     }
     return f"teacher-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"

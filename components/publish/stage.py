@@ -58,15 +58,7 @@ def publish(config: PublishConfig, candidates: list[Candidate], folders: dict[st
     digest = fingerprint(folders)
     version = config.version or digest[:12]
     place = f"{config.publish_to}/{version}"
-    if is_complete(place):
-        check_same(place, digest)
-        try:
-            check_whole(place)
-            log(f"already published with the same content: {place}")
-        except ValueError as error:
-            log(f"published before, but damaged since, so it is uploaded anew: {error}")
-            remove(place)
-    if not is_complete(place):
+    if not (is_complete(place) and is_whole(place, digest)):
         upload_version(folders, describe(version, digest, candidates), place)
     if registry:
         for candidate in candidates:
@@ -112,6 +104,23 @@ def check_same(place: str, digest: str) -> None:
         raise ValueError(f"version must not be used by something else, {place} has no {VERSION_FILE} of ours") from error
     if found != digest:
         raise ValueError(f"version must be new for new content, {place} holds other models or another report")
+
+
+def is_whole(place: str, digest: str) -> bool:
+    """Whether a complete version with this content still holds every object; a damaged one is removed.
+
+    Raises:
+        ValueError: as for `check_same`.
+    """
+    check_same(place, digest)
+    try:
+        check_whole(place)
+    except ValueError as error:
+        log(f"published before, but damaged since, so it is uploaded anew: {error}")
+        remove(place)
+        return False
+    log(f"already published with the same content: {place}")
+    return True
 
 
 def upload_version(folders: dict[str, Path], description: dict[str, Any], place: str) -> None:

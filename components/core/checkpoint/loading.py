@@ -64,12 +64,12 @@ def _load_quanto(folder: Path) -> Any:
 
     model = QuantizedModelForCausalLM.from_pretrained(folder)._wrapped
     stored = stored_names(folder)
-    # tied weights are stored once
-    names_of: dict[int, set[str]] = defaultdict(set)
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    tensors = model.state_dict(keep_vars=True)
+    names_of: dict[int, set[str]] = defaultdict(set)  # tied weights, which are stored once, are one tensor
+    for name, tensor in tensors.items():
         names_of[id(tensor)].add(name)
     missing = [sorted(names)[0] for names in names_of.values() if not names & stored]
-    _refuse(folder, missing, stored - model.state_dict().keys())
+    _refuse(folder, missing, stored - tensors.keys())
     return model
 
 

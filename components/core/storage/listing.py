@@ -25,13 +25,13 @@ def checksum(path: Path) -> Held:
 
 
 def checksums(files: Mapping[str, Path]) -> dict[str, Held]:
-    """`_checksum` of every file, several at once."""
+    """`checksum` of every file, several at once."""
     with ThreadPoolExecutor(WORKERS) as pool:
         return dict(zip(files, pool.map(checksum, files.values()), strict=True))
 
 
-def check_held(store: Store, place: str, sums: Mapping[str, Held]) -> None:
-    """Check that the store reports every object with the expected size and checksum.
+def check_held(store: Store, place: str, sums: Mapping[str, Held]) -> dict[str, Held]:
+    """Check that the store reports every object with the expected size and checksum; returns what it reports.
 
     Raises:
         ValueError: an object is missing or differs.
@@ -41,6 +41,7 @@ def check_held(store: Store, place: str, sums: Mapping[str, Held]) -> None:
         found = there.get(name)
         if found is None or found.size != held.size or found.crc32c not in (None, held.crc32c):
             raise ValueError(f"{place}/{name} must be what was uploaded, {held}, got {found or 'no object'}")
+    return there
 
 
 def parse(data: bytes, place: str) -> dict[str, Held]:

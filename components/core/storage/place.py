@@ -153,8 +153,7 @@ def check_whole(place: str) -> None:
     check_place("place", place)
     store = open_store(place)
     sums = parse(store.read(COMPLETE), place)
-    check_held(store, place, sums)
-    there = store.list()
+    there = check_held(store, place, sums)
     with tempfile.TemporaryDirectory() as folder:
         for name in (name for name in sums if there[name].crc32c is None):  # where the store does not know it, one by one
             copy = Path(folder) / "object"
