@@ -1,5 +1,6 @@
 """The command line of a stage, built from its settings class."""
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -7,38 +8,56 @@ import signal
 import sys
 import threading
 import traceback
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from simple_parsing import ArgumentParser, DashVariant
 
+from components.core.errors import LINE, SECRETS, one_line
 from components.core.progress import log
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> Any:
+        """End the program with one line instead of the whole usage."""
+        fail(ValueError(f"{message}; --help lists all flags"))
 
 
 def parse(config_class: type, description: str | None = None) -> Any:
     """Read `config_class` from the command line; an invalid value ends the program with a one-line error."""
-    parser = ArgumentParser(add_option_string_dash_variants=DashVariant.UNDERSCORE, description=description)
+    parser = _Parser(add_option_string_dash_variants=DashVariant.UNDERSCORE, description=description)
     arguments = parser.add_arguments(config_class, dest="config")
     # a stage's own settings first, then the ones that it shares with other stages
     depth = {name: depth for depth, base in enumerate(config_class.__mro__) for name in inspect.get_annotations(base)}
     arguments.fields.sort(key=lambda entry: depth[entry.name])
-    try:
+    with errors_in_one_line():
         return parser.parse_args().config
-    except ValueError as error:
-        fail(error)
 
 
 def main(config_class: type, stage: str) -> None:
-    """Run the `run` function of the module `stage` with settings from the command line.
+    """Run the `run` function of the module `stage` with settings from the command line."""
+    run(lambda: parse(config_class), stage)
+
+
+def run(read: Callable[[], Any], stage: str) -> None:
+    """Run the `run` function of the module `stage` with the settings that `read` returns.
 
     The module is imported after the settings have been checked, so that a wrong value is reported immediately. SIGTERM,
     which stops a pod, ends the program like an exception, so that no half-written output is left behind.
     """
-    config = parse(config_class)
     stop_at_sigterm()
-    try:
+    with errors_in_one_line():
+        config = read()
         config.check_environment()
         record = importlib.import_module(stage).run(config)
         log("  ".join(f"{name}={value}" for name, value in record.measured.items()))
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End the program with one line at a wrong value, a file that cannot be used or a missing package."""
+    try:
+        yield
     except (ValueError, OSError, ImportError) as error:
         fail(error)
 
@@ -54,9 +73,9 @@ def _stop(number: int, _: object) -> None:
     raise SystemExit(128 + number)
 
 
-def fail(error: Exception) -> Any:
+def fail(error: Exception) -> NoReturn:
     """End the program with a one-line error, preceded by the traceback if COMPRESS_DEBUG is set."""
     if os.environ.get("COMPRESS_DEBUG"):
-        traceback.print_exception(error)
-    print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print(SECRETS.sub("***", "".join(traceback.format_exception(error))), file=sys.stderr)
+    print(f"error: {one_line(error, LINE - len('error: '))}", file=sys.stderr, flush=True)
     raise SystemExit(2)
