@@ -11,6 +11,7 @@ import yaml
 
 from components.core.corpus import check_corpus
 from components.core.models import SMOLLM2, check_model_id
+from components.core.reading import read_limited
 from components.images import VERSION
 from pipelines.checks import check_parameters
 from pipelines.parameters import GROUPS
@@ -62,8 +63,8 @@ def read_package(pipeline: str, cache: bool = True) -> Package:
     if not path.is_file():
         names = ", ".join(sorted(found.stem for found in COMPILED.glob("*.yaml")))
         raise ValueError(f"pipeline must be {names} or an existing YAML file, got {pipeline!r}")
-    content = path.read_bytes()
     try:
+        content = read_limited(path)
         spec, *platform = yaml.safe_load_all(content)
         about = spec["pipelineInfo"]
         parameters = spec["root"].get("inputDefinitions", {}).get("parameters", {})
@@ -71,7 +72,7 @@ def read_package(pipeline: str, cache: bool = True) -> Package:
             _switch_cache_off(spec)
             content = yaml.safe_dump_all([spec, *platform]).encode()
         return Package(name=about["name"], description=about.get("description", ""), content=content, parameters=parameters)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError):
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"pipeline must be a compiled KFP v2 pipeline, got {path}") from None
 
 
@@ -122,8 +123,8 @@ def read_parameters(package: Package, params: str, assignments: list[str]) -> di
 
 def _read_file(params: str) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(Path(params).read_bytes())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        found = yaml.safe_load(read_limited(params))
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"params must be a YAML file: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"params must map parameters to values, got {type(found).__name__} in {params}")

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from components.core.cli import fail, parse
-from components.core.files import check_new, read_json
+from components.core.files import check_new
 from components.core.history import REPORT_PAGE, REPORT_SUMMARY
+from components.core.reading import read_json
 from pipelines.checks import check_parameters
 from pipelines.compress import MODEL_ID, compress
 from pipelines.parameters import GROUPS, parameters
@@ -45,7 +46,7 @@ def show(summary: Path, log_file: Path) -> None:
     table = Table(title="Compressed")
     for column in ("stage", "perplexity", "sparsity", "size MB", "seconds", "peak GB"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    for row in read_json(summary / REPORT_SUMMARY)["rows"]:
+    for row in read_json(summary / REPORT_SUMMARY, dict[str, Any])["rows"]:
         table.add_row(
             row["name"],
             _number(row["perplexity"], 1, 2),

@@ -4,6 +4,8 @@ import math
 import re
 from collections.abc import Collection
 
+from components.core.errors import shown
+
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -36,6 +38,12 @@ def check_one_of(parameter: str, value: str, choices: Collection[str]) -> None:
     """Check that `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{parameter} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_text(parameter: str, value: object) -> None:
+    """Check that `value`, if it is a string, can be written to a file and named to the system: no NUL, no broken characters."""
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= sign <= "\udfff" for sign in value)):
+        raise ValueError(f"{parameter} must be UTF-8 text, got {shown(value)}")
 
 
 def check_not_empty(parameter: str, value: str) -> None:

@@ -15,8 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
+from components.core.errors import readable, shown
 from components.core.files import stat_fingerprint
 from components.core.hub import hub_errors
+from components.core.reading import parse_json
 
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
 PYTHON_DOCS = "builtin:python-docs"
@@ -25,6 +29,12 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 EVAL_NAMES = ("test", "eval", "valid")
 SEPARATOR = "\n\n"
 SHARED_PARAGRAPH = 40  # characters; topics that share a paragraph at least this long go to the same split
+
+
+class Document(TypedDict):
+    """A line of a .jsonl file, as far as it is used."""
+
+    text: str
 
 
 def check_corpus(parameter: str, spec: str) -> None:
@@ -37,9 +47,9 @@ def check_corpus(parameter: str, spec: str) -> None:
         return
     path = Path(spec)
     if spec.startswith("builtin:"):
-        raise ValueError(f"{parameter} must be {PYTHON_DOCS}, a hub dataset or a local path, got {spec!r}")
+        raise ValueError(f"{parameter} must be {PYTHON_DOCS}, a hub dataset or a local path, got {shown(spec)}")
     if not spec or not path.exists():
-        raise ValueError(f"{parameter} must be an existing file or folder, or a hub dataset 'name:config', got {spec!r}")
+        raise ValueError(f"{parameter} must be an existing file or folder, or a hub dataset 'name:config', got {shown(spec)}")
     if path.is_dir() and not _folder_files(path):
         raise ValueError(f"{parameter} must hold {', '.join(SUFFIXES)} files, got {spec}")
     if path.is_file() and path.suffix not in SUFFIXES:
@@ -191,18 +201,28 @@ def _read_file(parameter: str, file: Path) -> Iterator[str]:
             yield file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{parameter} must be UTF-8 text, {file} is not: {error}") from error
-        return
+    elif file.suffix == ".jsonl":
+        yield from _read_jsonl(parameter, file)
+    else:
+        yield from _read_parquet(parameter, file)
+
+
+def _read_jsonl(parameter: str, file: Path) -> Iterator[str]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield parse_json(line, f"line {number} of {file}", Document)["text"]
+            except ValueError as error:
+                raise ValueError(f"{parameter} must have an object with a 'text' in each line: {error}") from error
+
+
+def _read_parquet(parameter: str, file: Path) -> Iterator[str]:
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it also logs what it raises
-    kind = "json" if file.suffix == ".jsonl" else "parquet"
-    if not file.stat().st_size:
-        return
-    try:
-        table: Any = datasets.load_dataset(kind, data_files=str(file), split="train")
-    except Exception as error:  # it raises many exception types, including Arrow's
-        raise ValueError(f"{parameter} must be readable {kind}, {file} is not: {error.__cause__ or error!r}") from error
+    with readable(f"{parameter} must be a parquet file, {file} is not one"):
+        table: Any = datasets.load_dataset("parquet", data_files=str(file), split="train")
     yield from _texts(parameter, str(file), table)
 
 

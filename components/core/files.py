@@ -97,18 +97,6 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: the file is not valid JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be a JSON file: {error}") from error
-
-
 def sample_fingerprint(files: Iterable[Path], samples: int = 64, size: int = 65536) -> str:
     """SHA-256 over the sizes of files and evenly spread samples of them: distinguishes models without reading them in full."""
     digest = hashlib.sha256()

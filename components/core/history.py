@@ -11,14 +11,48 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict  # what pydantic needs before Python 3.12
 
 from components.core.checkpoint.files import weight_bytes
-from components.core.files import read_json, write_json
+from components.core.files import write_json
+from components.core.reading import read_json
 
 HISTORY_FILE = "compression.json"
 REPORT_PAGE, REPORT_SUMMARY = "report.html", "summary.json"  # written by the report stage, uploaded by the publish stage
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "safetensors", "optimum-quanto", "compressed-tensors", "kfp")
+
+
+class Step(TypedDict):
+    """A record's summary, as JSON."""
+
+    stage: str
+    parameters: dict[str, Any]
+    measured: NotRequired[dict[str, Any]]
+    sparse_integrity_check: NotRequired[dict[str, Any] | None]
+    versions: NotRequired[dict[str, str]]
+
+
+class Record(Step):
+    """A whole record, as JSON."""
+
+    details: NotRequired[dict[str, Any]]
+
+
+class Source(TypedDict):
+    """The dense model that a model was made from."""
+
+    model_id: str
+    revision: str | None
+
+
+class History(TypedDict):
+    """The content of `compression.json`."""
+
+    format: int
+    source: Source
+    steps: list[Step]
 
 
 @dataclass
@@ -52,24 +86,22 @@ class StageRecord:
         Raises:
             ValueError: the file is not a record.
         """
-        try:
-            return cls(**read_json(path))
-        except TypeError as error:
-            raise ValueError(f"{path} must be a stage record: {error}") from error
+        return cls(**read_json(path, Record))
 
 
-def read_history(folder: str | Path) -> dict[str, Any]:
-    """The content of `compression.json`; for a checkpoint without one, an empty history whose source is this folder."""
+def read_history(folder: str | Path) -> History:
+    """The content of `compression.json`; for a checkpoint without one, an empty history whose source is this folder.
+
+    Raises:
+        ValueError: the file is not a history.
+    """
     path = Path(folder) / HISTORY_FILE
     if path.is_file():
-        history = read_json(path)
-        if not isinstance(history, dict) or not {"source", "steps"} <= history.keys():
-            raise ValueError(f"{path} must have 'source' and 'steps'")
-        return history
+        return read_json(path, History)
     return {"format": 1, "source": {"model_id": str(folder), "revision": None}, "steps": []}
 
 
-def write_history(folder: Path, history: dict[str, Any], record: StageRecord) -> None:
+def write_history(folder: Path, history: History, record: StageRecord) -> None:
     """Write `compression.json` with the record's summary as the last step, and the whole record beside it.
 
     Adds `bytes`, the size of the folder's weights, to the record's measurements.
@@ -84,10 +116,11 @@ def stats_file(stage: str) -> str:
     return f"{stage}_stats.json"
 
 
-def known_perplexity(history: dict[str, Any], text: str) -> float | None:
+def known_perplexity(history: History, text: str) -> float | None:
     """The perplexity that the model's last step measured, if on the same text, so that it need not be measured again."""
-    measured = history["steps"][-1]["measured"] if history["steps"] else {}
-    return measured.get("perplexity") if measured.get("perplexity_text") == text else None
+    measured = history["steps"][-1].get("measured", {}) if history["steps"] else {}
+    value = measured.get("perplexity")
+    return value if measured.get("perplexity_text") == text and isinstance(value, float) else None
 
 
 class Stopwatch:

@@ -7,10 +7,10 @@ import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any
 
+from components.core.errors import shown
 from components.core.files import new_directory, stat_fingerprint
-from components.core.history import read_history
+from components.core.history import History, read_history
 from components.core.hub import hub_errors
 from components.core.progress import quiet_bars
 
@@ -29,12 +29,12 @@ def check_model_id(parameter: str, model_id: str) -> None:
         ValueError: the id is empty or malformed, an unknown `builtin:`, or a path that does not exist.
     """
     if model_id.startswith("builtin:") and model_id != SMOLLM2:
-        raise ValueError(f"{parameter} must be {SMOLLM2}, a hub id or a folder, got {model_id!r}")
+        raise ValueError(f"{parameter} must be {SMOLLM2}, a hub id or a folder, got {shown(model_id)}")
     if model_id == SMOLLM2 or (model_id and Path(model_id).is_dir()):
         return
     name = model_id.partition("@")[0]
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or any(sign.isspace() for sign in name):
-        raise ValueError(f"{parameter} must be an existing folder or a hub id 'owner/name[@revision]', got {model_id!r}")
+        raise ValueError(f"{parameter} must be an existing folder or a hub id 'owner/name[@revision]', got {shown(model_id)}")
 
 
 def resolve_model(model_id: str, parameter: str = "model_id") -> tuple[str, str]:
@@ -86,7 +86,7 @@ def local_folder(model_id: str, revision: str | None = None, parameter: str = "m
     return folder
 
 
-def source_history(model_id: str, folder: Path) -> dict[str, Any]:
+def source_history(model_id: str, folder: Path) -> History:
     """The history of a checkpoint that `local_folder` returned: its own, or a new one that names its source."""
     history = read_history(folder)
     if history["steps"] or history["source"]["revision"]:
@@ -94,7 +94,8 @@ def source_history(model_id: str, folder: Path) -> dict[str, Any]:
     from_hub = model_id != SMOLLM2 and not Path(model_id).is_dir()
     # the hub's cache names a snapshot's folder after its commit
     name, revision = (model_id.partition("@")[0], folder.name) if from_hub else resolve_model(model_id)
-    return history | {"source": {"model_id": name, "revision": revision}}
+    history["source"] = {"model_id": name, "revision": revision}
+    return history
 
 
 def _smollm2_file(parameter: str = "model_id") -> Path:

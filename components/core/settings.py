@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from components.core.checks import DTYPES, check_at_least, check_one_of
+from components.core.checks import DTYPES, check_at_least, check_one_of, check_text
 from components.core.corpus import WIKITEXT2, check_corpus
 
 # Kinds of settings, passed as `field(metadata=…)` in stages where other code selects settings by kind. There, a setting without
@@ -49,6 +49,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError."""
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            for text in value if isinstance(value, list) else [value]:
+                check_text(entry.name, text)
 
     def check_environment(self) -> None:
         """Check that this machine has what the settings need: files, folders, packages. Raises ValueError."""

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components.core.corpus import TOKENS_FILE, is_tokens, load_text, text_fingerprint
+from components.core.errors import readable, shown
 
 FORMAT = "token-blocks-1"
 SPLITS = ("calibration", "train", "eval")
@@ -127,17 +128,22 @@ def load_blocks(
     """
     if not is_tokens(data):
         return build_blocks(parameter, data, split, tokenizer, seq_len, count, seed)
-    try:
-        with safe_open(Path(data) / TOKENS_FILE, framework="pt") as file:
-            metadata, ids = file.metadata() or {}, file.get_tensor(split).long()
-    except SafetensorError as error:
-        raise ValueError(f"{parameter} must be a tokens artifact, {data} cannot be read: {error}") from error
+    with (
+        readable(f"{parameter} must be a tokens artifact, {data} cannot be read"),
+        safe_open(Path(data) / TOKENS_FILE, framework="pt") as file,
+    ):
+        metadata, stored = file.metadata() or {}, file.get_tensor(split)
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{parameter} must be a tokens artifact of format {FORMAT!r}, {data} has {metadata.get('format')!r}")
+        raise ValueError(
+            f"{parameter} must be a tokens artifact of format {FORMAT!r}, {data} has {shown(metadata.get('format'))}"
+        )
+    if not {"tokenizer", f"corpus.{split}"} <= metadata.keys() or stored.dtype is not torch.int32 or stored.ndim != 2:
+        raise ValueError(f"{parameter} must be a tokens artifact, {data} has no {split} blocks with their fingerprints")
+    ids = stored.long()
     if metadata["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"{parameter} must be tokenized by the model's own tokenizer, {data} is not")
     if ids.shape[1] != seq_len:
         raise ValueError(f"{parameter} must have blocks of {seq_len} tokens, {data} has {split} blocks of {ids.shape[1]}")
-    if ids.shape[0] < count:
-        raise ValueError(f"{parameter} must have {count} {split} blocks, {data} has {ids.shape[0]}")
+    if ids.shape[0] < max(count, 1):
+        raise ValueError(f"{parameter} must have {max(count, 1)} {split} blocks, {data} has {ids.shape[0]}")
     return TokenBlocks(ids[:count] if count else ids, metadata[f"corpus.{split}"], metadata["tokenizer"])

@@ -8,8 +8,9 @@ from typing import Any
 
 from components.core.checks import check_above, check_at_least, check_in_unit_interval, check_not_empty, check_one_of
 from components.core.corpus import WIKITEXT2, check_data, check_held_out
-from components.core.files import check_folder, check_new, read_json
+from components.core.files import check_folder, check_new
 from components.core.models import check_model_id
+from components.core.reading import read_json
 from components.core.settings import EXECUTION, INPUT, OUTPUT, START, BlockSettings, EvalSettings, ModelSettings
 
 BACKENDS = ("none", "fsdp", "deepspeed")
@@ -134,10 +135,7 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
         Raises:
             ValueError: the file does not contain a JSON object.
         """
-        settings = read_json(self.deepspeed_config or Path(__file__).with_name("deepspeed_zero2.json"))
-        if not isinstance(settings, dict):
-            raise ValueError(f"deepspeed_config must be a JSON object, got {type(settings).__name__}")
-        return settings
+        return read_json(self.deepspeed_config or Path(__file__).with_name("deepspeed_zero2.json"), dict[str, Any])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from components.core.files import read_json, write_json
+from components.core.files import write_json
 from components.core.progress import log
+from components.core.reading import read_json
 from components.core.settings import EXECUTION, INPUT, OUTPUT, START, names_of
 from components.distill.backends import SingleProcess
 from components.distill.config import DistillConfig
@@ -79,7 +80,7 @@ def load(backend: SingleProcess, config: DistillConfig, identity: Mapping[str, A
         return None
     if backend.any(not (folder / MANIFEST).is_file()):
         raise ValueError(f"checkpoint_dir must be a folder that all machines share, {folder} is not on all of them")
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    manifest: dict[str, Any] = read_json(folder / MANIFEST, dict[str, Any])
     if manifest["identity"] != dict(identity):
         raise ValueError(
             f"checkpoint_dir must hold checkpoints of this run, {folder} differs in {_difference(manifest, identity)}"

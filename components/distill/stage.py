@@ -8,13 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len
+from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len, empty_model
 from components.core.checkpoint.files import weight_bytes, weight_files
-from components.core.checkpoint.loading import empty_model, load_model, load_tokenizer
+from components.core.checkpoint.loading import load_model, load_tokenizer
 from components.core.checkpoint.saving import save_checkpoint
 from components.core.device import pick_dtype
 from components.core.files import check_new, new_directory, sample_fingerprint
-from components.core.history import StageRecord, Stopwatch, known_perplexity, read_history, stats_file, versions, write_history
+from components.core.history import (
+    History,
+    StageRecord,
+    Stopwatch,
+    known_perplexity,
+    read_history,
+    stats_file,
+    versions,
+    write_history,
+)
 from components.core.mask.integrity import apply_mask, enforce, integrity
 from components.core.mask.mask import Mask, load_mask
 from components.core.mask.prunable import check_mask
@@ -163,7 +172,7 @@ def describe(result: StageRecord, progress: Progress, config: DistillConfig, mas
 def write(
     config: DistillConfig,
     result: StageRecord,
-    history: dict[str, Any],
+    history: History,
     weights: dict[str, Tensor],
     dtype: torch.dtype,
     tokenizer: Any,

@@ -1,12 +1,12 @@
 """Settings for distillation on many nodes: those of the distill stage plus those of the job."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from components.core.checks import check_at_least, check_not_empty, check_one_of
+from components.core.reading import parse_json
 from components.core.settings import EXECUTION, START
 from components.core.storage import check_place
 from components.distill.config import NOT_IN_PIPELINES as NOT_IN_COMPRESS
@@ -130,12 +130,7 @@ class DistillDistributedConfig(JobSettings, DistillConfig):
         Raises:
             ValueError: `pod` is not a JSON object, or has other settings.
         """
-        try:
-            settings = json.loads(self.pod)
-        except ValueError as error:
-            raise ValueError(f"pod must be a JSON object: {error}, got {self.pod}") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"pod must be a JSON object, got {self.pod}")
+        settings = parse_json(self.pod, "pod", dict[str, Any])
         for name in settings.keys() - set(POD_SETTINGS):
             raise ValueError(f"pod must have settings among {', '.join(POD_SETTINGS)}, got {name}")
         return {name: value for name, value in settings.items() if value}

@@ -4,7 +4,6 @@ Inputs are downloaded once per node, not once per process. Only the node with th
 others wait until it is complete, since an elastic job counts as succeeded, and its pods are removed, when any node finishes.
 """
 
-import json
 import os
 import signal
 import sys
@@ -14,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.core import storage
-from components.core.cli import fail, parse, stop_at_sigterm
+from components.core.cli import errors_in_one_line, parse, stop_at_sigterm
 from components.core.process import run_to_end
 from components.core.progress import log
+from components.core.reading import parse_json
 
 RESULT_PATIENCE = 3600.0  # seconds that a node without a result waits for the one that writes it
 POLL_SECONDS = 2.0
@@ -46,11 +46,12 @@ def run(config: NodeConfig) -> None:
         log("the result is there already")
         return
     work = Path(tempfile.mkdtemp(prefix="distill-"))
-    inputs = json.loads(config.inputs)
+    inputs = parse_json(config.inputs, "inputs", dict[str, str])
+    given = parse_json(config.flags, "flags", list[str])
     for name in sorted(set(inputs.values())):
         storage.download(f"{config.place}/inputs/{name}", work / name)
     paths = {parameter: work / name for parameter, name in inputs.items()} | {"output_dir": work / "result"}
-    flags = [*json.loads(config.flags), *(f"--{parameter}={path}" for parameter, path in paths.items())]
+    flags = [*given, *(f"--{parameter}={path}" for parameter, path in paths.items())]
     run_to_end([sys.executable, "-m", "torch.distributed.run", "-m", "components.distill", *flags], os.environ)
     if (work / "result").is_dir():
         hand_over(work / "result", result)
@@ -85,10 +86,8 @@ def main() -> None:
     stop_at_sigterm()
     config = parse(NodeConfig, "One node of a distillation job.")
     try:
-        try:
+        with errors_in_one_line():
             run(config)
-        except (ValueError, OSError) as error:
-            fail(error)
     except SystemExit as end:
         if end.code != STOPPED:
             time.sleep(LAST_WORDS)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from components.core import storage
-from components.core.cli import fail, parse
+from components.core.cli import errors_in_one_line, parse
 from components.core.progress import log
 from components.core.storage import check_place
 from components.distill_distributed.cluster import KINDS, Cluster
@@ -42,10 +42,9 @@ def run(config: SweepConfig) -> None:
 
 def main() -> None:
     """Run the sweep."""
-    try:
-        run(parse(SweepConfig, "Delete the jobs of a run."))
-    except (ValueError, OSError) as error:
-        fail(error)
+    config = parse(SweepConfig, "Delete the jobs of a run.")
+    with errors_in_one_line():
+        run(config)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ A model's history gives its own perplexity and sparsity, and the dense model's p
 perplexities are compared only if they were measured on the same text. A limit on an unknown number is not met.
 """
 
-import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.core.files import read_json
-from components.core.history import HISTORY_FILE
+from components.core.errors import shown
+from components.core.history import HISTORY_FILE, read_history
 
 # each layer loses a whole number of weights, so a model pruned to 0.7 may have 0.6999995
 ROUNDING = 1e-4
@@ -50,37 +50,34 @@ def read_candidate(folder: str) -> Candidate:
     Raises:
         ValueError: the history was not written by these stages, or its last step has no usable name.
     """
-    path = Path(folder) / HISTORY_FILE
-    history = read_json(path)
-    try:
-        steps, source = history["steps"], history["source"]
-        stage, measured = steps[-1]["stage"], steps[-1]["measured"]
-        name = str(steps[-1]["parameters"]["format"] if stage == "quantize" else stage)
-        check = steps[-1].get("sparse_integrity_check")
-        pruning: dict[str, Any] = next((step["measured"] for step in steps if step["stage"] == "prune"), {})
-        same_text = measured.get("perplexity_text") and pruning.get("perplexity_text") == measured["perplexity_text"]
-        return Candidate(
-            name=_folder_name(name),
-            folder=Path(folder),
-            source={key: source[key] for key in ("model_id", "revision")},
-            perplexity=_number(measured, "perplexity"),
-            dense_perplexity=_number(pruning, "perplexity_before") if same_text else None,
-            sparsity=_number(measured, "sparsity") if check and check["passed"] is True else None,
-            bytes=_number(measured, "bytes"),
-        )
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must be a history of stages with what each measured, got {error!r}") from error
+    history = read_history(folder)
+    steps = history["steps"]
+    if not steps:
+        raise ValueError(f"{Path(folder) / HISTORY_FILE} must list at least one step, got none")
+    last = steps[-1]
+    measured, check = last.get("measured", {}), last.get("sparse_integrity_check")
+    pruning = next((step.get("measured", {}) for step in steps if step["stage"] == "prune"), {})
+    same_text = measured.get("perplexity_text") and pruning.get("perplexity_text") == measured["perplexity_text"]
+    return Candidate(
+        name=_folder_name(str(last["parameters"].get("format")) if last["stage"] == "quantize" else last["stage"]),
+        folder=Path(folder),
+        source={"model_id": history["source"]["model_id"], "revision": history["source"]["revision"]},
+        perplexity=_number(measured, "perplexity"),
+        dense_perplexity=_number(pruning, "perplexity_before") if same_text else None,
+        sparsity=_number(measured, "sparsity") if check and check.get("passed") is True else None,
+        bytes=_number(measured, "bytes"),
+    )
 
 
 def _folder_name(name: str) -> str:
     if not re.fullmatch(r"[a-z0-9_]+", name):
-        raise ValueError(f"a model's format must be lower-case letters, digits and '_', got {name!r}")
+        raise ValueError(f"a model's format must be lower-case letters, digits and '_', got {shown(name)}")
     return name
 
 
-def _number(measured: dict[str, Any], name: str) -> float | None:
+def _number(measured: Mapping[str, Any], name: str) -> float | None:
     value = measured.get(name)
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
     return value if usable else None
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from components.core.blocks import check_blocks, find_blocks
-from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len
+from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len, empty_model
 from components.core.checkpoint.files import weight_bytes
-from components.core.checkpoint.loading import empty_model, load_model, load_tokenizer
+from components.core.checkpoint.loading import load_model, load_tokenizer
 from components.core.checkpoint.saving import save_checkpoint
 from components.core.device import pick_device, pick_dtype
 from components.core.files import check_new, new_directory

@@ -17,8 +17,9 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor, nn
 
-from components.core.files import read_json, write_json
+from components.core.files import write_json
 from components.core.progress import quiet_bars
+from components.core.reading import read_json
 
 NAME = "compressed-tensors"
 
@@ -33,7 +34,7 @@ class Compressed:
         """Write weights and configuration."""
         self.model.save_pretrained(folder)
         self.compressor.update_config(folder)
-        config = read_json(folder / "config.json")
+        config = read_json(folder / "config.json", dict[str, Any])
         # the library writes an empty entry; vLLM rejects any model that has one
         config["quantization_config"].pop("sparsity_config", None)
         write_json(folder / "config.json", config)

@@ -425,7 +425,7 @@ def test_damaged_weights_are_one_line(start, inputs, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     for stage, parameter in (("prune", "dense_model"), ("quantize", "model_dir"), ("evaluate", "model_dir")):
         ended = start(stage, {parameter: str(damaged)})
-        assert_refused(ended, f"{damaged} holds weights that cannot be read", tmp_path, left=("damaged",))
+        assert_refused(ended, f"{damaged}/model.safetensors must be a safetensors file", tmp_path, left=("damaged",))
 
 
 @pytest.mark.parametrize(

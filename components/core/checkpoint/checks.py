@@ -1,35 +1,93 @@
 """Checkpoint checks that do not read any weights."""
 
+import contextlib
+import errno
+import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from components.core.checkpoint.files import QUANTO_FILE, weight_files
+from components.core.checkpoint.files import QUANTO_FILE, stored_shapes
+from components.core.errors import readable
+from components.core.history import read_history
+
+# what a model may have for each tensor or number that is stored; more is a mistake in config.json, and would take for ever
+MODULES_PER_TENSOR, NUMBERS_PER_NUMBER = 8, 2
+NUMBERS_PER_PACKED = 16  # for each of a quantized checkpoint, which may store eight in one
+FEW = 1000  # modules that any model may have
 
 
 def check_checkpoint(parameter: str, path: str | Path, trust_remote_code: bool = False) -> Any:
     """Check that a folder holds a checkpoint and return its configuration without reading any weights.
 
     Raises:
-        ValueError: the path is not a folder, or has no readable config.json or no safetensors weights.
+        ValueError: the path is not a folder, has no readable config.json or no safetensors weights, its configuration is not
+            that of a causal language model of the weights' size, or its history is damaged.
+        OSError: a file cannot be read.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{parameter} must be a folder with a Hugging Face checkpoint, got {path}")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{parameter} must be a folder with a config.json, got {path}")
-    if not weight_files(folder):
+    for file in folder.iterdir():
+        if file.is_file() and not os.access(file, os.R_OK):  # of which libraries would say that it does not exist
+            raise PermissionError(errno.EACCES, f"{parameter} holds a file that may not be read", str(file))
+    stored = stored_shapes(folder)
+    if not stored:
         raise ValueError(f"{parameter} must hold safetensors weights (pickled ones are never read), got {path}")
+    read_history(folder)
+    with readable(f"{parameter} must have a config.json that transformers can read, got {path}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with _at_most_modules(MODULES_PER_TENSOR * len(stored) + FEW):
+            model = empty_model(config, trust_remote_code)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(math.prod(shape) for shape in stored.values())
+    if numbers > held * (NUMBERS_PER_PACKED if is_quantized(folder, config) else NUMBERS_PER_NUMBER):
+        raise ValueError(f"{parameter} must have a config.json that fits its {held} numbers, got one for {numbers}: {path}")
+    return config
+
+
+def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """Build a model from its configuration without allocating its weights, to inspect names and shapes."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+@contextlib.contextmanager
+def _at_most_modules(most: int) -> Iterator[None]:
+    """Raise ValueError as soon as a model that is being built has more modules and parameters than this."""
+    count = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ValueError(f"it describes a model of more than {most} modules")
+
+    hooks = register_module_module_registration_hook(hook), register_module_parameter_registration_hook(hook)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{parameter} must have a config.json that transformers can read, got {path}: {error}") from error
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def is_quantized(folder: Path, config: Any) -> bool:
+    """Whether the weights of a checkpoint are quantized."""
+    return (folder / QUANTO_FILE).is_file() or getattr(config, "quantization_config", None) is not None
 
 
 def check_dense(parameter: str, path: str | Path, config: Any) -> None:
     """Raise `ValueError` if a checkpoint is quantized, since such weights can be neither pruned nor trained."""
-    if (Path(path) / QUANTO_FILE).is_file() or getattr(config, "quantization_config", None) is not None:
+    if is_quantized(Path(path), config):
         raise ValueError(f"{parameter} must not be quantized yet, got {path}")
 
 

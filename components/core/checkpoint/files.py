@@ -3,12 +3,20 @@
 from pathlib import Path
 
 from safetensors import safe_open
+from typing_extensions import TypedDict
 
-from components.core.files import read_json
+from components.core.errors import readable
+from components.core.reading import read_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 QUANTO_FILE = "quanto_qmap.json"
+
+
+class Index(TypedDict):
+    """The part of a checkpoint's index that is used."""
+
+    weight_map: dict[str, str]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -22,10 +30,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
     if not index.is_file():
         return []
-    try:
-        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} must have a 'weight_map' from weights to shards") from error
+    names = sorted(set(read_json(index, Index)["weight_map"].values()))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index} must name safetensors files in its own folder, got {name!r}")
@@ -39,10 +44,14 @@ def weight_bytes(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in weight_files(Path(folder)))
 
 
-def stored_names(folder: Path) -> set[str]:
-    """Names of all tensors in a checkpoint's weight files."""
-    names: set[str] = set()
+def stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name → shape of all tensors in a checkpoint's weight files.
+
+    Raises:
+        ValueError: a file is not safetensors.
+    """
+    shapes: dict[str, list[int]] = {}
     for file in weight_files(folder):
-        with safe_open(file, framework="numpy") as opened:
-            names |= set(opened.keys())
-    return names
+        with readable(f"{file} must be a safetensors file"), safe_open(file, framework="numpy") as opened:
+            shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    return shapes

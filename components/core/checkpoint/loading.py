@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from components.core.checkpoint.checks import check_checkpoint
-from components.core.checkpoint.files import QUANTO_FILE, stored_names
+from components.core.checkpoint.files import QUANTO_FILE, stored_shapes
+from components.core.errors import readable
 from components.core.progress import quiet_bars
 
 transformers_logging.disable_progress_bar()  # a pod's log should not contain control characters
@@ -25,33 +25,30 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust
         ValueError: the folder is not a checkpoint, or its weights do not match its configuration.
     """
     config = check_checkpoint("model folder", path, trust_remote_code)
-    try:
-        if (Path(path) / QUANTO_FILE).is_file():
-            model = _load_quanto(Path(path))
-            if device.type == "cuda":
-                dequantize(model)
-        else:
-            more: dict[str, Any] = {"dtype": dtype}
-            if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "compressed-tensors":
-                # decompress now, not in the first forward pass of the whole model: we call its decoder directly
-                more = {"dtype": "auto", "quantization_config": CompressedTensorsConfig(run_compressed=False)}
-                # a scale without its weight would end in an error of the conversion that names neither
-                stored = {name.removesuffix("_packed") for name in stored_names(Path(path))}
-                _refuse(path, {name.removesuffix("_scale") for name in stored if name.endswith(".weight_scale")} - stored, ())
-            with quiet_bars():
-                model, report = AutoModelForCausalLM.from_pretrained(
-                    path,
-                    use_safetensors=True,
-                    trust_remote_code=trust_remote_code,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # reported below, by name
-                    **more,
-                )
-            for name, found, expected in sorted(report["mismatched_keys"]):
-                raise ValueError(f"{path} must hold weights of its model's shapes, {name} is {[*found]}, not {[*expected]}")
-            _refuse(path, report["missing_keys"], report["unexpected_keys"])
-    except SafetensorError as error:
-        raise ValueError(f"{path} holds weights that cannot be read: {error}") from error
+    if (Path(path) / QUANTO_FILE).is_file():
+        model = _load_quanto(Path(path))
+        if device.type == "cuda":
+            dequantize(model)
+    else:
+        more: dict[str, Any] = {"dtype": dtype}
+        if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "compressed-tensors":
+            # decompress now, not in the first forward pass of the whole model: we call its decoder directly
+            more = {"dtype": "auto", "quantization_config": CompressedTensorsConfig(run_compressed=False)}
+            # a scale without its weight would end in an error of the conversion that names neither
+            stored = {name.removesuffix("_packed") for name in stored_shapes(Path(path))}
+            _refuse(path, {name.removesuffix("_scale") for name in stored if name.endswith(".weight_scale")} - stored, ())
+        with readable(f"{path} must hold weights that transformers can load"), quiet_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                **more,
+            )
+        for name, found, expected in sorted(report["mismatched_keys"]):
+            raise ValueError(f"{path} must hold weights of its model's shapes, {name} is {[*found]}, not {[*expected]}")
+        _refuse(path, report["missing_keys"], report["unexpected_keys"])
     return model.to(device).eval()
 
 
@@ -62,8 +59,9 @@ def _load_quanto(folder: Path) -> Any:
     """
     from optimum.quanto import QuantizedModelForCausalLM
 
-    model = QuantizedModelForCausalLM.from_pretrained(folder)._wrapped
-    stored = stored_names(folder)
+    with readable(f"{folder} must hold weights that optimum-quanto can load"):
+        model = QuantizedModelForCausalLM.from_pretrained(folder)._wrapped
+    stored = stored_shapes(folder).keys()
     tensors = model.state_dict(keep_vars=True)
     names_of: dict[int, set[str]] = defaultdict(set)  # tied weights, which are stored once, are one tensor
     for name, tensor in tensors.items():
@@ -104,17 +102,8 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     Raises:
         ValueError: the folder has no tokenizer that transformers can read.
     """
-    try:
+    with readable(f"{path} must hold a tokenizer that transformers can read"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # what some classes build if the files are missing
             raise ValueError("it has special tokens alone")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must hold a tokenizer that transformers can read: {error}") from error
     return tokenizer
-
-
-def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """Build a model from its configuration without allocating its weights, to inspect names and shapes."""
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return model

@@ -5,8 +5,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from components.core.checkpoint.files import INDEX_FILE, WEIGHTS_FILE
 from components.core.files import write_json
 
@@ -19,9 +17,11 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
     """
     try:
         model.save_pretrained(folder)
-    except SafetensorError as error:
-        raise OSError(f"writing weights to {folder.parent} failed: {error}") from error
-    tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # libraries written in Rust have errors of their own for a full disk
+        raise OSError(f"writing a checkpoint to {folder.parent} failed: {error}") from error
     _write_index(folder)
 
 

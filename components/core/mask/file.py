@@ -2,10 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from pydantic import NonNegativeInt
+from safetensors import safe_open
+
+from components.core.errors import readable
+from components.core.reading import parse_json
 
 MASK_FILE = "sparsity_mask.safetensors"
 OLD_MASK_FILE = "sparsity_mask.pt"
@@ -34,15 +38,17 @@ def fingerprint(entries: Iterable[tuple[str, list[int], bytes]]) -> str:
     return digest.hexdigest()
 
 
+def shapes_of(metadata: Mapping[str, str]) -> dict[str, list[int]]:
+    """The shape of each masked weight, from a mask's metadata. Raises ValueError."""
+    return parse_json(metadata["shapes"], "its entry 'shapes'", dict[str, list[NonNegativeInt]])
+
+
 def fingerprint_of_file(file: Path) -> str:
     """The fingerprint of a mask in a safetensors file.
 
     Raises:
         ValueError: the file is not a mask.
     """
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            shapes = json.loads((opened.metadata() or {})["shapes"])
-            return fingerprint((name, shape, opened.get_tensor(name).tobytes()) for name, shape in shapes.items())
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"mask_file must be a {MASK_FILE}, got {file}: {error!r}") from error
+    with readable(f"mask_file must be a {MASK_FILE}, got {file}"), safe_open(file, framework="numpy") as opened:
+        shapes = shapes_of(opened.metadata() or {})
+        return fingerprint((name, shape, opened.get_tensor(name).tobytes()) for name, shape in shapes.items())

@@ -5,20 +5,26 @@ lowest bit, the last byte padded with zeros. The file's metadata holds the shape
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from components.core.checks import parse_pattern
+from components.core.errors import readable, shown
 from components.core.files import new_file
-from components.core.mask.file import find_mask, fingerprint
+from components.core.mask.file import find_mask, fingerprint, shapes_of
+from components.core.reading import parse_json
 
 FORMAT = "sparsity-mask-1"
+Sparsity = Annotated[float, Field(ge=0, lt=1)] | None
 
 
 @dataclass(frozen=True)
@@ -93,36 +99,29 @@ def load_mask(path: str | Path) -> Mask:
 
 
 def _load_packed(file: Path) -> Mask:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            packed = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"mask_file must be a safetensors file, got {file}: {error}") from error
+    with readable(f"mask_file must be a safetensors file, got {file}"), safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+        packed = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"mask_file must have format {FORMAT!r} in its metadata, got {metadata.get('format')!r}")
-    try:
-        shapes = {name: [int(size) for size in shape] for name, shape in json.loads(metadata["shapes"]).items()}
-        pattern, sparsity = metadata["pattern"], json.loads(metadata["sparsity"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"mask_file must have shapes, pattern and sparsity in its metadata, got {file}: {error!r}") from error
-    parse_pattern(pattern)
+        raise ValueError(f"mask_file must have format {FORMAT!r} in its metadata, got {shown(metadata.get('format'))}")
+    with readable(f"mask_file must have shapes, pattern and sparsity in its metadata, got {file}"):
+        shapes, pattern = shapes_of(metadata), metadata["pattern"]
+        sparsity: float | None = parse_json(metadata["sparsity"], "its entry 'sparsity'", Sparsity)  # type: ignore[arg-type]
+        parse_pattern(pattern)
     for name in sorted(shapes.keys() ^ packed.keys()):
         raise ValueError(f"mask_file must hold the tensors of its metadata, {name} is in one of the two only")
     tensors = {}
     for name, shape in shapes.items():
         bits = packed[name]
-        if bits.dtype != torch.uint8 or bits.numel() != -(-int(np.prod(shape)) // 8):
+        if bits.dtype != torch.uint8 or bits.numel() != -(-math.prod(shape) // 8):
             raise ValueError(f"mask_file must hold one bit for each weight, {name} has {bits.numel()} bytes for {shape}")
         tensors[name] = _unpack(bits, shape)
     return Mask(tensors, pattern, sparsity)
 
 
 def _load_old(file: Path) -> Mask:
-    try:
+    with readable(f"mask_file must be a dictionary of bool tensors, got {file}"):
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch raises depends on where the file is corrupt
-        raise ValueError(f"mask_file must be a dictionary of bool tensors, got {file}: {error}") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"mask_file must be a dictionary of bool tensors, got {type(content).__name__} in {file}")
     for name, tensor in content.items():

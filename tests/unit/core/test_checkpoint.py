@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len
+from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len, empty_model
 from components.core.checkpoint.files import INDEX_FILE, QUANTO_FILE, WEIGHTS_FILE, weight_bytes, weight_files
-from components.core.checkpoint.loading import empty_model, load_model, load_tokenizer
+from components.core.checkpoint.loading import load_model, load_tokenizer
 from components.core.checkpoint.saving import save_checkpoint
 from components.core.mask.file import MASK_FILE
 from components.core.mask.mask import Mask, save_mask
@@ -183,7 +183,7 @@ def test_a_tensor_of_another_shape_is_refused(changed):
 def test_truncated_weights_are_refused(changed, kept):
     whole = (changed / WEIGHTS_FILE).read_bytes()
     (changed / WEIGHTS_FILE).write_bytes(whole[: int(kept * len(whole)) if kept < 1 else kept])
-    with pytest.raises(ValueError, match=f"^{changed} holds weights that cannot be read"):
+    with pytest.raises(ValueError, match=f"^{changed}/model.safetensors must be a safetensors file"):
         load_model(changed, torch.float32, CPU)
 
 

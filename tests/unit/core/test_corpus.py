@@ -214,12 +214,19 @@ def test_a_file_that_cannot_be_read_is_named_with_its_parameter(tmp_path, name, 
 
 
 def test_a_jsonl_or_parquet_file_without_text_is_refused(tmp_path):
-    for spec in (
-        write_jsonl(tmp_path / "a.jsonl", [{"body": "one", "id": 1}]),
-        write_parquet(tmp_path / "a.parquet", body=["one"], id=[1]),
+    for spec, rule in (
+        (write_jsonl(tmp_path / "a.jsonl", [{"body": "one", "id": 1}]), "an object with a 'text' in each line: line 1 of .*"),
+        (write_parquet(tmp_path / "a.parquet", body=["one"], id=[1]), r"a 'text' column, .* has \['body', 'id'\]$"),
     ):
-        with pytest.raises(ValueError, match=r"^train_data must have a 'text' column, .* has \['body', 'id'\]$"):
+        with pytest.raises(ValueError, match=f"^train_data must have {rule}"):
             load_text("train_data", spec, "train")
+
+
+def test_a_line_that_is_nested_without_end_is_refused(tmp_path):
+    """Libraries that parse such lines in C or C++ die of it."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ' + "[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match="^train_data must have an object with a 'text' in each line: line 2 of .*recursion"):
+        load_text("train_data", str(tmp_path / "a.jsonl"), "train")
 
 
 def test_a_local_corpus_that_changed_since_it_was_resolved_is_refused(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from components.core.files import check_new, new_directory, new_file, read_json, stat_fingerprint, write_json
+from components.core.files import check_new, new_directory, new_file, stat_fingerprint, write_json
 
 FAILURES = [ValueError("no"), OSError(28, "No space left on device"), KeyboardInterrupt(), SystemExit(1)]
 
@@ -127,7 +127,7 @@ def test_file_is_readable_by_others_whoever_wrote_it(tmp_path, usual_umask):
 def test_json_round_trip(tmp_path):
     value = {"sign": "ü", "numbers": [1, 2.5, None, True]}
     write_json(tmp_path / "deep" / "a.json", value)
-    assert read_json(tmp_path / "deep" / "a.json") == value
+    assert json.loads((tmp_path / "deep" / "a.json").read_text()) == value
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -135,13 +135,6 @@ def test_json_refuses_what_is_not_json(tmp_path, value):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"a": value})
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}"])
-def test_a_file_that_is_not_json_is_named(tmp_path, content):
-    (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.json must be a JSON file"):
-        read_json(tmp_path / "a.json")
 
 
 def test_check_new_takes_a_new_name_in_new_folders(tmp_path):

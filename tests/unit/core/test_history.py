@@ -67,7 +67,7 @@ def test_a_record_with_what_is_not_finite_is_refused(changed, value):
 
 def test_a_file_that_is_not_a_record_is_refused(tmp_path):
     (tmp_path / "a.json").write_text('{"stage": "prune", "unknown": 1}')
-    with pytest.raises(ValueError, match=r"a\.json must be a stage record"):
+    with pytest.raises(ValueError, match=r"a\.json must be JSON of its form, parameters: Field required"):
         StageRecord.load(tmp_path / "a.json")
 
 

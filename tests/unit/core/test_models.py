@@ -351,7 +351,11 @@ def test_the_history_of_a_folder_begins_with_its_fingerprint(folder):
 
 
 def test_a_folder_with_a_history_keeps_it(folder):
-    history = {"format": 1, "source": {"model_id": "owner/name", "revision": MAIN}, "steps": [{"stage": "fetch"}]}
+    history = {
+        "format": 1,
+        "source": {"model_id": "owner/name", "revision": MAIN},
+        "steps": [{"stage": "fetch", "parameters": {}}],
+    }
     (folder / "compression.json").write_text(json.dumps(history))
     assert source_history(str(folder), folder) == history
 

@@ -42,8 +42,8 @@ def good(checkpoint, corpus, tmp_path):
         ({"elastic": "2"}, "elastic must be MIN:MAX"),
         ({"elastic": "3:4"}, "elastic must be MIN:MAX with 1 <= MIN <= nodes = 2 <= MAX, got 3:4"),
         ({"elastic": "1:2", "kind": "trainjob"}, "elastic must be empty for kind trainjob, got 1:2"),
-        ({"pod": "{"}, "pod must be a JSON object"),
-        ({"pod": "[]"}, r"pod must be a JSON object, got \[\]"),
+        ({"pod": "{"}, "pod must be JSON"),
+        ({"pod": "[]"}, "pod must be JSON of its form"),
         ({"pod": '{"hostNetwork": true}'}, "pod must have settings among affinity, env, .* got hostNetwork"),
         ({"learning_rate": 0}, "learning_rate must be"),  # a rule of the distill stage
     ],

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from components.core import storage
-from components.core.files import read_json
 from components.core.history import read_history
 from components.core.mask.file import find_mask, fingerprint_of_file
+from components.core.reading import read_json
 from components.core.storage.listing import COMPLETE
 from components.distill_distributed import node, watch
 from tests.conftest import save_pruned
@@ -67,7 +67,7 @@ def test_two_nodes_train_together_and_one_hands_over(place, models, tmp_path):
     assert [node.returncode for node in nodes] == [0, 0], logs
     assert ["uploaded" in log for log in logs] == [True, False]
     storage.download(f"{place}/result", tmp_path / "result")
-    stats = read_json(tmp_path / "result" / "distill_stats.json")
+    stats = read_json(tmp_path / "result" / "distill_stats.json", dict)
     assert stats["sparse_integrity_check"]["passed"]
     assert stats["details"]["inputs"]["mask"] == fingerprint_of_file(find_mask(models / "pruned"))
     assert stats["parameters"]["grad_accum_steps"] == 2  # 4 blocks per step over two processes
