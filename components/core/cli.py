@@ -45,9 +45,9 @@ def run(read: Callable[[], Any], stage: str) -> None:
     The module is imported after the settings have been checked, so that a wrong value is reported immediately. SIGTERM,
     which stops a pod, ends the program like an exception, so that no half-written output is left behind.
     """
-    stop_at_sigterm()
     with errors_in_one_line():
         config = read()
+        stop_at_sigterm()
         config.check_environment()
         record = importlib.import_module(stage).run(config)
         log("  ".join(f"{name}={value}" for name, value in record.measured.items()))
@@ -66,11 +66,21 @@ def stop_at_sigterm() -> None:
     """Make SIGTERM end the program like an exception; by default, the first process of a container ignores it."""
     if threading.current_thread() is threading.main_thread():  # only this thread may set a handler
         signal.signal(signal.SIGTERM, _stop)
+        sys.unraisablehook = _stop_after_all
 
 
 def _stop(number: int, _: object) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second SIGTERM must not interrupt the clean-up
     raise SystemExit(128 + number)
+
+
+def _stop_after_all(ignored: "sys.UnraisableHookArgs") -> None:
+    """Stop again where the exception of `_stop` was lost: Python ignores what is raised in a finalizer."""
+    if isinstance(ignored.exc_value, SystemExit):
+        signal.signal(signal.SIGTERM, _stop)
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()  # when the finalizer has ended
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def fail(error: Exception) -> NoReturn:

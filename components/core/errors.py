@@ -1,6 +1,7 @@
 """What a user is told when something is wrong: one line, not too long, without secrets."""
 
 import contextlib
+import errno
 import re
 from collections.abc import Iterator
 
@@ -45,6 +46,6 @@ def readable(what: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the latter at a place beyond a file's end
             raise
         raise ValueError(f"{what}: {one_line(error, LINE // 2) or type(error).__name__}") from error

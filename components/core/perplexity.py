@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from components.core.errors import readable
 from components.core.progress import track
 
 TOKENS_PER_FORWARD = 2048
@@ -31,11 +32,11 @@ def decoder_and_head(model: Any) -> tuple[nn.Module, nn.Linear]:
     # several tokens, because a padding token's embedding is zero, and so are its logits, capped or not
     probe = torch.linspace(0, model.get_input_embeddings().weight.shape[0] - 1, PROBE_TOKENS).long()[None]
     probe = probe.to(head.weight.device)
-    with torch.no_grad():
+    with torch.no_grad(), readable(f"{type(model).__name__} must run on any tokens; its config.json may not fit its weights"):
         logits = head(decoder(input_ids=probe, use_cache=False).last_hidden_state).float()
         changed = model(input_ids=probe, use_cache=False).logits.float()
-        if not torch.allclose(logits, changed, rtol=1e-3, atol=1e-3, equal_nan=True):  # NaN is caught in from_mean_loss
-            raise ValueError(f"{type(model).__name__} changes its logits after the head (soft cap or scale): not supported")
+    if not torch.allclose(logits, changed, rtol=1e-3, atol=1e-3, equal_nan=True):  # NaN is caught in from_mean_loss
+        raise ValueError(f"{type(model).__name__} changes its logits after the head (soft cap or scale): not supported")
     return decoder, head
 
 

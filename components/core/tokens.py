@@ -48,9 +48,22 @@ def id_bytes(ids: Tensor) -> bytes:
     return ids.to(torch.int32).numpy().tobytes()
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a text, with the tokenizer's special tokens, as in GPTQ.
+
+    Raises:
+        ValueError: the tokenizer fails.
+    """
+    with readable("the tokenizer must turn any text into token ids; tokenizer.json or tokenizer_config.json may be damaged"):
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        if not all(isinstance(index, int) for index in ids):
+            raise TypeError("it gives something else")
+    return list(ids)
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 of the vocabulary and of the token ids of a probe text."""
-    probe = tokenizer("The quick brown fox, 42 times:\n\n\tümlaut 漢字", verbose=False)["input_ids"]
+    probe = encode(tokenizer, "The quick brown fox, 42 times:\n\n\tümlaut 漢字")
     return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), probe]).encode()).hexdigest()
 
 
@@ -93,7 +106,7 @@ def build_blocks(
         ValueError: the corpus is too short for one block, or for `count` of them.
     """
     text = load_text(parameter, spec, "eval" if split == "eval" else "train", revision)
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])  # with the tokenizer's special tokens, as in GPTQ
+    ids = torch.tensor(encode(tokenizer, text))
     needed = seq_len + 1 if split == "calibration" else seq_len * max(count, 1)
     if ids.numel() < needed:
         raise ValueError(

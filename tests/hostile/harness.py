@@ -11,6 +11,7 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -82,6 +83,8 @@ class Running:
 
     def __init__(self, module: str, arguments: Iterable[str], place: Path, before: Callable[[], object] = lambda: None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="said-"))
+        for name in ("out", "err"):
+            (self.folder / name).touch()
         self.start = time.monotonic()
         self.pid = os.fork()
         if self.pid == 0:
@@ -92,7 +95,7 @@ class Running:
         try:
             os.setsid()
             for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT), number)
+                os.dup2(os.open(self.folder / name, os.O_WRONLY), number)
             sys.stdout = open(1, "w", closefd=False, encoding="utf-8", errors="replace")  # noqa: SIM115
             sys.stderr = open(2, "w", closefd=False, encoding="utf-8", errors="replace")  # noqa: SIM115
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -148,6 +151,13 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
     for name, value in settings.items():
         made += [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
     return made
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
 
 
 def stage(name: str, settings: Mapping[str, Any], place: Path, **options: Any) -> Ended:

@@ -10,12 +10,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from components.core.checkpoint.checks import check_checkpoint
+from components.core.checkpoint.checks import check_checkpoint, empty_model
 from components.core.checkpoint.files import QUANTO_FILE, stored_shapes
 from components.core.errors import readable
 from components.core.progress import quiet_bars
 
 transformers_logging.disable_progress_bar()  # a pod's log should not contain control characters
+transformers_logging.set_verbosity_error()  # what it would warn of is an error here
 
 
 def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -26,14 +27,14 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust
     """
     config = check_checkpoint("model folder", path, trust_remote_code)
     if (Path(path) / QUANTO_FILE).is_file():
-        model = _load_quanto(Path(path))
+        model = _load_quanto(Path(path), config)
         if device.type == "cuda":
             dequantize(model)
     else:
         more: dict[str, Any] = {"dtype": dtype}
         if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "compressed-tensors":
             # decompress now, not in the first forward pass of the whole model: we call its decoder directly
-            more = {"dtype": "auto", "quantization_config": CompressedTensorsConfig(run_compressed=False)}
+            more = {"dtype": "auto", "quantization_config": CompressedTensorsConfig(dequantize=True)}
             # a scale without its weight would end in an error of the conversion that names neither
             stored = {name.removesuffix("_packed") for name in stored_shapes(Path(path))}
             _refuse(path, {name.removesuffix("_scale") for name in stored if name.endswith(".weight_scale")} - stored, ())
@@ -47,15 +48,16 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust
                 **more,
             )
         for name, found, expected in sorted(report["mismatched_keys"]):
-            raise ValueError(f"{path} must hold weights of its model's shapes, {name} is {[*found]}, not {[*expected]}")
+            _check_shape(path, name, found, expected)
         _refuse(path, report["missing_keys"], report["unexpected_keys"])
     return model.to(device).eval()
 
 
-def _load_quanto(folder: Path) -> Any:
+def _load_quanto(folder: Path, config: Any) -> Any:
     """Load a model that optimum-quanto has quantized.
 
-    Its loader leaves a weight that it does not find as raw memory, and ignores one that it does not know.
+    Its loader leaves a weight that it does not find as raw memory, ignores one that it does not know, and takes one of any
+    shape.
     """
     from optimum.quanto import QuantizedModelForCausalLM
 
@@ -68,6 +70,9 @@ def _load_quanto(folder: Path) -> Any:
         names_of[id(tensor)].add(name)
     missing = [sorted(names)[0] for names in names_of.values() if not names & stored]
     _refuse(folder, missing, stored - tensors.keys())
+    expected = dict(empty_model(config).named_parameters())
+    for name, parameter in model.named_parameters():
+        _check_shape(folder, name, parameter.shape, expected[name].shape)
     return model
 
 
@@ -77,6 +82,11 @@ def _refuse(path: str | Path, missing: Iterable[str], unexpected: Iterable[str])
         raise ValueError(f"{path} must hold every weight of its model, {name} is missing")
     for name in sorted(unexpected):
         raise ValueError(f"{path} must hold only weights of its model, {name} is not one of them")
+
+
+def _check_shape(path: str | Path, name: str, found: Iterable[int], expected: Iterable[int]) -> None:
+    if [*found] != [*expected]:
+        raise ValueError(f"{path} must hold weights of its model's shapes, {name} is {[*found]}, not {[*expected]}")
 
 
 def dequantize(model: nn.Module) -> None:

@@ -1,0 +1,85 @@
+"""Full disks: a stage writes to a disk that is too small by a random amount."""
+
+import ctypes
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tests.hostile.harness import Case, Kind, Running, flags, leftovers, refusal
+from tests.hostile.kills import VARIANTS
+from tests.hostile.lab import Lab
+from tests.hostile.outputs import REFERENCE, wrong
+
+FULL = ("No space left", "File too large", "of disk", "os error 28", "os error 27")
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def can_mount() -> bool:
+    """Whether this process may mount a small disk of its own; if not, the size of files is limited instead."""
+    return os.geteuid() == 0 and _LIBC.unshare(0) == 0
+
+
+class SmallDisk:
+    """A disk of so many bytes, mounted at a folder."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder, self.size = folder, size
+        folder.mkdir()
+
+    def __enter__(self) -> "SmallDisk":
+        options = f"size={self.size}".encode()
+        if _LIBC.mount(b"tmpfs", str(self.folder).encode(), b"tmpfs", 0, options):
+            raise OSError(ctypes.get_errno(), "mounting a disk")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _LIBC.umount2(str(self.folder).encode(), 2)
+
+
+def cases(lab: Lab, random: Random, count: int) -> Iterator[Case]:
+    """Full disks, half of the sizes around what the stage needs."""
+    for _ in range(count):
+        stage = random.choice(list(REFERENCE))
+        changes = random.choice(VARIANTS.get(stage, [{}]))
+        needed = sum(file.stat().st_size for file in (lab.root / REFERENCE[stage]).rglob("*") if file.is_file())
+        size = int(needed * random.choice((random.random(), random.uniform(0.8, 1.2), random.uniform(1, 4))))
+        yield _case(lab, stage, changes, max(size, 4096))
+
+
+def _case(lab: Lab, stage: str, changes: dict[str, Any], size: int) -> Case:
+    def run(place: Path) -> str | None:
+        if not can_mount():
+            return _run(lab, stage, changes, place, size)
+        with SmallDisk(place / "disk", size) as disk:
+            return _run(lab, stage, changes, disk.folder, None)
+
+    return Case(f"{stage}: {' '.join(flags(changes))} on {size} bytes", run)
+
+
+def _run(lab: Lab, stage: str, changes: dict[str, Any], place: Path, limit: int | None) -> str | None:
+    os.chdir(place)
+
+    def limited() -> None:
+        os.environ["TMPDIR"] = str(place)
+        if limit is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = flags(lab.settings(stage, **changes))
+    ended = Running(f"components.{stage}", command, place, before=limited).wait()
+    os.chdir(place.parent)
+    output = place / ("place" if stage == "publish" else "output")
+    if ended.code == 0:
+        return wrong(lab, stage, output, changes)
+    if fault := refusal(ended, *FULL):
+        return fault
+    if stage == "publish":
+        return "the pointer was moved" if (output / "latest.json").exists() else None
+    return leftovers(place, "checkpoints")
+
+
+KIND = Kind(cases, whole=420, short=20)
