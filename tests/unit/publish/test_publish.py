@@ -60,7 +60,7 @@ def test_a_version_holds_models_report_and_what_they_are(settings, models, tmp_p
 def test_published_again_it_is_recognised_and_nothing_is_uploaded(settings, tmp_path, monkeypatch):
     first = publish(settings)
     before = content(tmp_path / "models")
-    monkeypatch.setattr("components.publish.stage.upload", lambda *_: pytest.fail("uploaded twice"))
+    monkeypatch.setattr("components.publish.stage.complete", lambda *_: pytest.fail("uploaded twice"))
     assert publish(settings).measured["place"] == first.measured["place"]
     assert publish(settings, models=settings["models"][::-1]).measured["version"] == first.measured["version"]
     assert content(tmp_path / "models") == before
@@ -136,6 +136,12 @@ def test_an_upload_that_breaks_off_leaves_the_pointer_and_a_retry_completes_it(s
     assert broken.returncode != 0
     assert "File too large" in broken.stderr
     assert (tmp_path / "models" / "latest.json").read_bytes() == latest
+    other = shell(changed | {"models": [save_model(tmp_path / "d", b"others")]})
+    assert other.returncode == 2
+    assert other.stderr.splitlines() == [
+        f"error: version must be new for new content, {tmp_path}/models/2 was begun with other models or another report: "
+        "complete it by publishing those again, remove it, or name another version"
+    ]
     retried = shell(changed)
     assert retried.returncode == 0, retried.stderr
     assert json.loads((tmp_path / "models" / "latest.json").read_text())["version"] == "2"
