@@ -176,7 +176,7 @@ def test_a_creation_that_meets_another_one_under_way_is_tried_again(connect, tmp
     connect("s3")
     store = open_store(place_of("s3", tmp_path))
     monkeypatch.setattr("components.core.storage.s3.CREATE_PAUSE", 0)
-    pipe_file, conflicts = type(store.files).pipe_file, 2
+    pipe_file, conflicts = store.files.pipe_file, 2
 
     def meet(*arguments, **options):
         nonlocal conflicts
@@ -186,7 +186,7 @@ def test_a_creation_that_meets_another_one_under_way_is_tried_again(connect, tmp
             raise translate_boto_error(cause)
         return pipe_file(*arguments, **options)
 
-    monkeypatch.setattr(type(store.files), "pipe_file", meet)
+    monkeypatch.setattr(store.files, "pipe_file", meet)
     assert store.create("claim.json", b"{}")
     assert store.read("claim.json") == b"{}"
     conflicts = 100

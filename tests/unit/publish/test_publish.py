@@ -108,6 +108,16 @@ def test_a_given_version_never_changes(settings, tmp_path):
     publish(settings, version="v1.0")
 
 
+def test_contents_that_differ_in_one_byte_of_a_large_file_are_told_apart(settings, tmp_path):
+    first, twin = (save_model(tmp_path / name, b"one1" * 25) for name in ("large", "twin"))
+    with Path(twin, "model.safetensors").open("r+b") as file:
+        file.seek(100_001)  # between the samples of a file that is sampled
+        file.write(b"-")
+    publish(settings, version="v1", models=[first])
+    with pytest.raises(ValueError, match="version must be new for new content"):
+        publish(settings, version="v1", models=[twin])
+
+
 def test_what_fails_the_gate_is_not_published(settings, tmp_path):
     run = shell(settings | {"max_ppl_ratio": 2.1, "min_sparsity": 0.5})
     assert run.returncode == 2
