@@ -25,7 +25,7 @@ from components.core.mask.prunable import head_name
 from components.core.models import local_folder, source_history
 from components.core.perplexity import perplexity
 from components.core.progress import log, log_perplexity, track
-from components.core.tokens import load_blocks
+from components.core.tokens import count_overlaps, load_blocks
 from components.prune.calibration import Batch, advance, capture, hessians
 from components.prune.config import PruneConfig
 from components.prune.magnitude import magnitude
@@ -54,12 +54,14 @@ def run(config: PruneConfig) -> StageRecord:
         config.nsamples,
         config.seed,
     )
+    result = StageRecord("prune", asdict(config), versions=versions())
     evaluation = None
     if not config.skip_ppl_eval:
         evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
+        overlapping = count_overlaps("calibration", calibration.ids, config.eval_data, evaluation.ids)
+        result.measured["overlapping_eval_blocks"] = overlapping
 
     model = load_model(folder, pick_dtype(config.dtype, device), device, config.trust_remote_code)
-    result = StageRecord("prune", asdict(config), versions=versions())
     if evaluation:
         result.measured["perplexity_before"] = perplexity(model, evaluation.ids)
         log_perplexity("before_pruning", result.measured["perplexity_before"])
