@@ -74,20 +74,32 @@ class Handler(BaseHTTPRequestHandler):
         return self.root / self.bucket / f"{uuid.uuid4().hex}.data"
 
     def meta(self) -> dict | None:
+        return self.read_meta(self.meta_file(self.name))
+
+    @staticmethod
+    def read_meta(path: Path) -> dict | None:
         try:
-            return json.loads(self.meta_file(self.name).read_text())
+            return json.loads(path.read_text())
         except FileNotFoundError:
             return None
 
-    def keep(self, segments: list[tuple[str, int, int]]) -> dict:
-        """Store an object made of data files, each given by its path, size and CRC-32C."""
+    def keep(self, segments: list[tuple[str, int, int]]) -> dict | None:
+        """Store an object made of data files, each given by its path, size and CRC-32C; None if it must not exist but does."""
         crc = size = 0
         for _, length, part in segments:
             crc, size = combine(crc, part, length), size + length
         meta = {"name": self.name, "bucket": self.bucket, "size": str(size), "crc32c": encoded(crc), "generation": "1"}
         scratch = self.data_file()
         scratch.write_text(json.dumps(meta | {"segments": segments}))
-        scratch.replace(self.meta_file(self.name))
+        if self.query.get("ifGenerationMatch") != "0":
+            scratch.replace(self.meta_file(self.name))
+            return meta
+        try:
+            os.link(scratch, self.meta_file(self.name))
+        except FileExistsError:
+            return None
+        finally:
+            scratch.unlink()
         return meta
 
     def body_to(self, path: Path) -> tuple[str, int, int]:
@@ -137,7 +149,11 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(400, {"error": {"message": "Provided CRC32C doesn't match calculated CRC32C."}})
             return
         path.write_bytes(data)
-        self.answer(200, self.keep([(str(path), len(data), crc)]))
+        kept = self.keep([(str(path), len(data), crc)])
+        if kept:
+            self.answer(200, kept)
+        else:
+            self.answer(412, {"error": {"message": "At least one of the pre-conditions you specified did not hold."}})
 
     def resume(self) -> None:
         upload = self.root / self.bucket / self.query["upload_id"]
@@ -157,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
         if urlsplit(self.path).path.endswith(f"/b/{self.bucket}"):
             self.answer(200, {"name": self.bucket})
         elif not self.name:
-            metas = [json.loads(path.read_text()) for path in sorted((self.root / self.bucket).glob("*.json"))]
+            metas = [meta for path in sorted((self.root / self.bucket).glob("*.json")) if (meta := self.read_meta(path))]
             self.answer(200, {"items": [meta for meta in metas if meta["name"].startswith(self.query.get("prefix", ""))]})
         elif (meta := self.meta()) is None:
             self.answer(404, {"error": {"message": f"No such object: {self.bucket}/{self.name}"}})

@@ -18,7 +18,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from components.core.errors import readable, shown
-from components.core.files import stat_fingerprint
+from components.core.files import content_fingerprint, stat_fingerprint
 from components.core.hub import hub_errors
 from components.core.reading import parse_json
 
@@ -237,10 +237,10 @@ def _texts(parameter: str, spec: str, table: Any) -> Iterator[str]:
 
 
 def check_held_out(parameter: str, train_data: str, eval_data: str) -> None:
-    """Check that evaluation and training, whose setting is `parameter`, read different local files.
+    """Check that evaluation and training, whose setting is `parameter`, read local files of different content.
 
     Raises:
-        ValueError: they share a file.
+        ValueError: they share a file, or one has a copy of the other's.
     """
     if splits_overlap(train_data, eval_data):
         raise ValueError(
@@ -250,11 +250,18 @@ def check_held_out(parameter: str, train_data: str, eval_data: str) -> None:
 
 
 def splits_overlap(train_spec: str, eval_spec: str) -> bool:
-    """Whether training and evaluation would share a local file; the splits of a tokens folder are known to differ."""
+    """Whether training and evaluation would share a local file or its content; only files of equal size are read.
+
+    The blocks of a tokens folder are compared when they are loaded, see `components.core.tokens.count_overlaps`.
+    """
     if any(spec == PYTHON_DOCS or is_hub(spec) or is_tokens(spec) for spec in (train_spec, eval_spec)):
         return False
-    train = {file.resolve() for file in _local_files(Path(train_spec), "train")}
-    return any(file.resolve() in train for file in _local_files(Path(eval_spec), "eval"))
+    files = _local_files(Path(train_spec), "train"), _local_files(Path(eval_spec), "eval")
+    if set.intersection(*({file.resolve() for file in split} for split in files)):
+        return True
+    sizes = set.intersection(*({file.stat().st_size for file in split} for split in files)) - {0}
+    contents = ({content_fingerprint(file) for file in split if file.stat().st_size in sizes} for split in files)
+    return bool(set.intersection(*contents))
 
 
 def text_fingerprint(text: str) -> str:

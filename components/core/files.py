@@ -110,6 +110,12 @@ def sample_fingerprint(files: Iterable[Path], samples: int = 64, size: int = 655
     return digest.hexdigest()
 
 
+def content_fingerprint(path: Path) -> str:
+    """SHA-256 of a whole file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def stat_fingerprint(files: Iterable[Path]) -> str:
     """SHA-256 over the names, sizes and modification times of files: cheap, and changes whenever a file does."""
     digest = hashlib.sha256()

@@ -2,6 +2,10 @@
 
 The tokens artifact is a folder with one file, `tokens.safetensors`: int32 tensors `calibration` [nsamples, seq_len], `train`
 [n, seq_len] and `eval` [m, eval_seq_len], with the fingerprints as metadata, so that no later stage needs the network.
+
+A perplexity is too good if the model has seen the text. An evaluation block overlaps with the training text if they share a run
+of `RUN` tokens, the length by which Lee et al. find duplicates (2022, "Deduplicating Training Data Makes Language Models
+Better").
 """
 
 import hashlib
@@ -10,16 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from components.core.corpus import TOKENS_FILE, is_tokens, load_text, text_fingerprint
 from components.core.errors import readable, shown
+from components.core.progress import log
 
 FORMAT = "token-blocks-1"
 SPLITS = ("calibration", "train", "eval")
+RUN = 50  # consecutive tokens
+PIECE = 2**16  # positions of the training text that are hashed at once, so that they stay in the processor's cache
+BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is lost modulo 2**64
 
 
 @dataclass(frozen=True)
@@ -160,3 +170,66 @@ def load_blocks(
     if ids.shape[0] < max(count, 1):
         raise ValueError(f"{parameter} must have {max(count, 1)} {split} blocks, {data} has {ids.shape[0]}")
     return TokenBlocks(ids[:count] if count else ids, metadata[f"corpus.{split}"], metadata["tokenizer"])
+
+
+def count_overlaps(text: str, training: Tensor, eval_data: str, evaluation: Tensor) -> int:
+    """Count the evaluation blocks that overlap with the training text, and say so if there are any.
+
+    Args:
+        text: what the training text is for, for messages: `training` or `calibration`.
+        training: its blocks [n, seq_len].
+        eval_data: the setting that gave the evaluation blocks.
+        evaluation: those blocks [m, eval_seq_len].
+
+    Raises:
+        ValueError: more than half of the evaluation text is in the training text.
+    """
+    shares = shared_runs(evaluation, training)
+    if shares.mean() > 0.5:
+        raise ValueError(
+            f"eval_data must be other text than the {text} text, got {eval_data}: {shares.mean():.0%} of it is in there too"
+        )
+    overlapping = int((shares > 0).sum())
+    if overlapping:
+        run = min(RUN, evaluation.shape[1])
+        log(
+            f"{overlapping} of {len(shares)} evaluation blocks share {run} or more consecutive tokens with the {text} text: "
+            "their perplexity is too good"
+        )
+    return overlapping
+
+
+def shared_runs(evaluation: Tensor, training: Tensor) -> NDArray[np.float64]:
+    """For each evaluation block, the share of its runs of `RUN` tokens that also occur in the training blocks.
+
+    A block that is shorter than `RUN` is one run. Runs are compared by hashes of 64 bits.
+
+    Args:
+        evaluation: [m, eval_seq_len].
+        training: [n, seq_len]; taken as one stream of tokens.
+
+    Returns:
+        Shares [m].
+    """
+    length = min(RUN, evaluation.shape[1])
+    runs = _hashes(evaluation.numpy(), length)  # [m, eval_seq_len - length + 1]
+    wanted = np.unique(runs)
+    found = np.zeros(len(wanted), dtype=bool)
+    stream = training.flatten().numpy()
+    for start in range(0, len(stream) - length + 1, PIECE):
+        hashes = _hashes(stream[start : start + PIECE + length - 1], length)
+        places = np.searchsorted(wanted, hashes).clip(max=len(wanted) - 1)
+        found[places[wanted[places] == hashes]] = True
+    shares: NDArray[np.float64] = found[np.searchsorted(wanted, runs)].mean(axis=1)
+    return shares
+
+
+def _hashes(ids: NDArray[np.int64], length: int) -> NDArray[np.uint64]:
+    """Polynomial hashes modulo 2**64 (Karp and Rabin, 1987) of all runs of `length` ids along the last axis."""
+    ids = ids.astype(np.uint64)
+    count = ids.shape[-1] - length + 1
+    hashes = np.zeros((*ids.shape[:-1], count), dtype=np.uint64)
+    for offset in range(length):
+        hashes *= BASE
+        hashes += ids[..., offset : offset + count]
+    return hashes

@@ -29,7 +29,7 @@ from components.core.mask.mask import Mask, load_mask
 from components.core.mask.prunable import check_mask
 from components.core.models import local_folder
 from components.core.progress import log, log_perplexity
-from components.core.tokens import id_bytes, load_blocks
+from components.core.tokens import count_overlaps, id_bytes, load_blocks
 from components.distill import launch
 from components.distill.backends import Fsdp, SingleProcess
 from components.distill.config import DistillConfig
@@ -69,9 +69,10 @@ def train(config: DistillConfig, device: torch.device) -> StageRecord:
         mask = Mask({name: torch.ones_like(kept) for name, kept in mask.tensors.items()}, sparsity=0.0)
     tokenizer = load_tokenizer(config.student_model, config.trust_remote_code)
     blocks = training_blocks(config, tokenizer)
-    evaluation = None
+    evaluation, overlapping = None, 0
     if not config.skip_ppl_eval:
         evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
+        overlapping = count_overlaps("training", blocks, config.eval_data, evaluation.ids)
     dtype = pick_dtype(config.dtype, device)
     config = share_global_batch(config, launch.process_count())
     backend = BACKENDS[config.backend](config, device, dtype)
@@ -98,7 +99,11 @@ def train(config: DistillConfig, device: torch.device) -> StageRecord:
     if evaluation:
         text = evaluation.fingerprint()
         known = known_perplexity(history, text)
-        result.measured |= {"perplexity_before": trainer.evaluate() if known is None else known, "perplexity_text": text}
+        result.measured |= {
+            "perplexity_before": trainer.evaluate() if known is None else known,
+            "perplexity_text": text,
+            "overlapping_eval_blocks": overlapping,
+        }
         if backend.rank == 0:
             log_perplexity("finetune_start", result.measured["perplexity_before"])
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from components.core.checkpoint.checks import check_checkpoint, check_seq_len
+from components.core.checkpoint.checks import check_checkpoint, check_ids, check_seq_len
 from components.core.checkpoint.files import weight_bytes
 from components.core.checkpoint.loading import load_model, load_tokenizer
 from components.core.device import pick_device, pick_dtype
@@ -26,6 +26,7 @@ def run(config: EvaluateConfig) -> StageRecord:
     check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
     tokenizer = load_tokenizer(config.model_dir, config.trust_remote_code)
     blocks = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
+    check_ids("eval_data", blocks.ids, model_config)
     model = load_model(config.model_dir, pick_dtype(config.dtype, device), device, config.trust_remote_code)
     result = StageRecord("evaluate", asdict(config), versions=versions())
     result.measured["perplexity"] = perplexity(model, blocks.ids)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from components.core.blocks import check_blocks, find_blocks, linears, linears_outside
-from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len, empty_model
+from components.core.checkpoint.checks import check_checkpoint, check_dense, check_ids, check_seq_len, empty_model
 from components.core.checkpoint.files import weight_bytes
 from components.core.checkpoint.loading import load_model, load_tokenizer
 from components.core.checkpoint.saving import save_checkpoint
@@ -25,7 +25,7 @@ from components.core.mask.prunable import head_name
 from components.core.models import local_folder, source_history
 from components.core.perplexity import perplexity
 from components.core.progress import log, log_perplexity, track
-from components.core.tokens import load_blocks
+from components.core.tokens import count_overlaps, load_blocks
 from components.prune.calibration import Batch, advance, capture, hessians
 from components.prune.config import PruneConfig
 from components.prune.magnitude import magnitude
@@ -43,7 +43,7 @@ def run(config: PruneConfig) -> StageRecord:
     config.check_environment()
     device = pick_device()
     folder = local_folder(config.dense_model, parameter="dense_model")
-    check_model(config, folder)
+    model_config = check_model(config, folder)
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
     calibration = load_blocks(
         "calibration_data",
@@ -54,12 +54,16 @@ def run(config: PruneConfig) -> StageRecord:
         config.nsamples,
         config.seed,
     )
+    check_ids("calibration_data", calibration.ids, model_config)
+    result = StageRecord("prune", asdict(config), versions=versions())
     evaluation = None
     if not config.skip_ppl_eval:
         evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
+        check_ids("eval_data", evaluation.ids, model_config)
+        overlapping = count_overlaps("calibration", calibration.ids, config.eval_data, evaluation.ids)
+        result.measured["overlapping_eval_blocks"] = overlapping
 
     model = load_model(folder, pick_dtype(config.dtype, device), device, config.trust_remote_code)
-    result = StageRecord("prune", asdict(config), versions=versions())
     if evaluation:
         result.measured["perplexity_before"] = perplexity(model, evaluation.ids)
         log_perplexity("before_pruning", result.measured["perplexity_before"])
@@ -84,8 +88,12 @@ def run(config: PruneConfig) -> StageRecord:
     return result
 
 
-def check_model(config: PruneConfig, folder: Path) -> None:
-    """Check the model, sequence lengths and free disk space before weights are read. Raises ValueError."""
+def check_model(config: PruneConfig, folder: Path) -> Any:
+    """Check the model, sequence lengths and free disk space before weights are read; returns the model's configuration.
+
+    Raises:
+        ValueError: one of them does not fit.
+    """
     model_config = check_checkpoint("dense_model", folder, config.trust_remote_code)
     check_dense("dense_model", folder, model_config)
     check_seq_len("seq_len", config.seq_len, model_config)
@@ -95,6 +103,7 @@ def check_model(config: PruneConfig, folder: Path) -> None:
     found = find_blocks("dense_model", empty_model(model_config, config.trust_remote_code))
     check_blocks("dense_model", *found, n_of_m[1] if n_of_m else 1)
     check_new("output_dir", config.output_dir, weight_bytes(folder))
+    return model_config
 
 
 def report_dense_layers(model: Any, result: StageRecord) -> None:

@@ -5,22 +5,36 @@
     <publish_to>/<version>/version.json     what the version holds
     <publish_to>/latest.json                a copy of one version's version.json: the pointer
 
-A complete version never changes. A failure before the end leaves the pointer unchanged, and a retry continues after the
-last completed step. Publishing an older version again moves the pointer back to it.
+A version belongs to the content that was first to create its version.json, which the store lets only one do. Other content is
+refused from then on, even if the version was never completed; the same content may be published again, after a crash or several
+times at once, since every object is written with the same bytes and none is deleted. A failure before the end leaves the
+pointer unchanged. Publishing an older version again moves the pointer back to it.
 """
 
 import hashlib
 import json
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from components.core.files import sample_fingerprint, write_json
+from typing_extensions import TypedDict
+
+from components.core.files import content_fingerprint
 from components.core.history import StageRecord, Stopwatch, versions
 from components.core.progress import log
-from components.core.storage import check_whole, check_writable, is_complete, read_bytes, remove, upload, write_bytes
+from components.core.reading import parse_json
+from components.core.storage import (
+    check_whole,
+    check_writable,
+    complete,
+    create_bytes,
+    is_complete,
+    read_bytes,
+    write_bytes,
+)
 from components.publish.config import PublishConfig
 from components.publish.gate import Candidate, check_gate, read_candidate
 from components.publish.registry import Registry
@@ -28,13 +42,20 @@ from components.publish.registry import Registry
 LATEST_FILE = "latest.json"
 VERSION_FILE = "version.json"
 REPORT = "report"
+WORKERS = 8  # files that are read at once
+
+
+class Version(TypedDict):
+    """The part of `version.json` that decides whether a version has the same content."""
+
+    digest: str
 
 
 def run(config: PublishConfig) -> StageRecord:
     """Publish the models and the report.
 
     Raises:
-        ValueError: a model fails the gate, or the version exists with other content; nothing is uploaded.
+        ValueError: a model fails the gate, or the version belongs to other content; nothing is uploaded.
         OSError: the place or the registry failed; the pointer is unchanged.
     """
     watch = Stopwatch()
@@ -58,8 +79,10 @@ def publish(config: PublishConfig, candidates: list[Candidate], folders: dict[st
     digest = fingerprint(folders)
     version = config.version or digest[:12]
     place = f"{config.publish_to}/{version}"
-    if not (is_complete(place) and is_whole(place, digest)):
-        upload_version(folders, describe(version, digest, candidates), place)
+    description = describe(version, digest, candidates)
+    claim(place, digest, description)
+    if not is_whole(place):
+        upload_version(folders, description, place)
     if registry:
         for candidate in candidates:
             registry.register(f"{version}-{candidate.name}", f"{place}/{candidate.name}", known(candidate))
@@ -91,52 +114,62 @@ def files_of(folders: dict[str, Path]) -> dict[str, Path]:
 
 
 def fingerprint(folders: dict[str, Path]) -> str:
-    """SHA-256 over the names and sizes of all files and samples of their content."""
-    files = {path: sample_fingerprint([file]) for path, file in files_of(folders).items()}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    """SHA-256 over the names and contents of all files."""
+    files = files_of(folders)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        contents = dict(zip(files, pool.map(content_fingerprint, files.values()), strict=True))
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
-def check_same(place: str, digest: str) -> None:
-    """Raise `ValueError` if a complete version differs from what is to be published."""
-    try:
-        found = json.loads(read_bytes(f"{place}/{VERSION_FILE}"))["digest"]
-    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"version must not be used by something else, {place} has no {VERSION_FILE} of ours") from error
-    if found != digest:
-        raise ValueError(f"version must be new for new content, {place} holds other models or another report")
-
-
-def is_whole(place: str, digest: str) -> bool:
-    """Whether a complete version with this content still holds every object; a damaged one is removed.
+def claim(place: str, digest: str, description: bytes) -> None:
+    """Take a version for a content by creating its description, unless it has one of the same content.
 
     Raises:
-        ValueError: as for `check_same`.
+        ValueError: the version belongs to other content, or the place is used by something else.
     """
-    check_same(place, digest)
+    file = f"{place}/{VERSION_FILE}"
+    if not is_complete(place) and create_bytes(file, description):
+        return
+    try:
+        found = parse_json(read_bytes(file), file, Version)["digest"]
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"version must not be used by something else, {place} has no {VERSION_FILE} of ours") from error
+    if found != digest:
+        holds, advice = "holds", ""
+        if not is_complete(place):
+            holds, advice = "was begun with", ": complete it by publishing those again, remove it, or name another version"
+        raise ValueError(f"version must be new for new content, {place} {holds} other models or another report{advice}")
+
+
+def is_whole(place: str) -> bool:
+    """Whether a version is complete and still holds every object as it was uploaded."""
+    if not is_complete(place):
+        return False
     try:
         check_whole(place)
     except ValueError as error:
         log(f"published before, but damaged since, so it is uploaded anew: {error}")
-        remove(place)
         return False
     log(f"already published with the same content: {place}")
     return True
 
 
-def upload_version(folders: dict[str, Path], description: dict[str, Any], place: str) -> None:
-    """Upload all folders and the description together, so that the version is either complete or absent."""
+def upload_version(folders: dict[str, Path], description: bytes, place: str) -> None:
+    """Upload all folders and the description together, so that the version is either complete or does not count."""
     with tempfile.TemporaryDirectory() as staging:
         for path, file in files_of(folders).items():
             link = Path(staging, path)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(file.resolve())
-        write_json(Path(staging, VERSION_FILE), description)
-        upload(Path(staging), place)
+        Path(staging, VERSION_FILE).write_bytes(description)
+        complete(Path(staging), place)
 
 
-def describe(version: str, digest: str, candidates: list[Candidate]) -> dict[str, Any]:
+def describe(version: str, digest: str, candidates: list[Candidate]) -> bytes:
     """The content of `version.json` and the pointer, without a date, so that the same models give the same bytes."""
-    return {"version": version, "digest": digest, "models": {candidate.name: known(candidate) for candidate in candidates}}
+    models = {candidate.name: known(candidate) for candidate in sorted(candidates, key=lambda one: one.name)}
+    described = {"version": version, "digest": digest, "models": models}
+    return (json.dumps(described, indent=2, allow_nan=False) + "\n").encode()
 
 
 def known(candidate: Candidate) -> dict[str, Any]:

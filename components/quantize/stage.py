@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from components.core.blocks import check_blocks, find_blocks
-from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len, empty_model
+from components.core.checkpoint.checks import check_checkpoint, check_dense, check_ids, check_seq_len, empty_model
 from components.core.checkpoint.files import weight_bytes
 from components.core.checkpoint.loading import load_model, load_tokenizer
 from components.core.checkpoint.saving import save_checkpoint
@@ -47,6 +47,7 @@ def run(config: QuantizeConfig) -> StageRecord:
     if not config.skip_ppl_eval:
         check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
         evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
+        check_ids("eval_data", evaluation.ids, model_config)
 
     dtype, cpu = pick_dtype(config.dtype, device), torch.device("cpu")
     # on the CPU: on a GPU, optimum-quanto repacks float8 weights for its own kernels, so their zeros cannot be checked

@@ -2,12 +2,12 @@
 
 from dataclasses import asdict
 
-from components.core.checkpoint.checks import check_checkpoint, check_seq_len
+from components.core.checkpoint.checks import check_checkpoint, check_ids, check_seq_len
 from components.core.checkpoint.loading import load_tokenizer
 from components.core.files import new_directory
 from components.core.history import StageRecord, Stopwatch, stats_file, versions
 from components.core.progress import log
-from components.core.tokens import build_blocks, save_tokens
+from components.core.tokens import build_blocks, count_overlaps, save_tokens
 from components.tokenize.config import TokenizeConfig
 
 
@@ -15,7 +15,8 @@ def run(config: TokenizeConfig) -> StageRecord:
     """Tokenize the texts.
 
     Raises:
-        ValueError: a corpus is empty or too short, or a block has more tokens than the model has positions.
+        ValueError: a corpus is empty or too short, a block has more tokens than the model has positions, or most of the
+            evaluation text is in the training text.
     """
     watch = Stopwatch()
     config.check_environment()
@@ -40,8 +41,12 @@ def run(config: TokenizeConfig) -> StageRecord:
             eval_revision,
         ),
     }
+    for split, part in blocks.items():
+        check_ids("eval_data" if split == "eval" else "train_data", part.ids, model_config)
     result = StageRecord("tokenize", asdict(config), versions=versions())
-    result.measured = {f"{split}_blocks": part.ids.shape[0] for split, part in blocks.items()} | watch.read()
+    result.measured = {f"{split}_blocks": part.ids.shape[0] for split, part in blocks.items()}
+    overlapping = count_overlaps("training", blocks["train"].ids, config.eval_data, blocks["eval"].ids)
+    result.measured |= {"overlapping_eval_blocks": overlapping, **watch.read()}
     with new_directory(config.output_dir) as scratch:
         save_tokens(blocks, scratch)
         result.save(scratch / stats_file("tokenize"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -96,3 +96,10 @@ def check_seq_len(parameter: str, seq_len: int, config: Any) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
         raise ValueError(f"{parameter} must be at most the model's {positions} positions, got {seq_len}")
+
+
+def check_ids(parameter: str, ids: Tensor, config: Any) -> None:
+    """Raise `ValueError` if token ids are not those of words of the model, as with a tokenizer of another model."""
+    words = config.get_text_config().vocab_size
+    if not 0 <= int(ids.min()) <= int(ids.max()) < words:
+        raise ValueError(f"{parameter} must have token ids below the model's {words} words, got {ids.min()} to {ids.max()}")

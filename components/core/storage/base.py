@@ -22,7 +22,7 @@ class Store(Protocol):
         """All objects under the place."""
 
     def put(self, files: Mapping[str, Path]) -> None:
-        """Write files as objects, in parallel."""
+        """Write files as objects, in parallel; an object that already has the same bytes has them all the time."""
 
     def get(self, files: Mapping[str, Path]) -> None:
         """Write objects to files, in parallel; the files' folders must exist."""
@@ -32,6 +32,9 @@ class Store(Protocol):
 
     def write(self, name: str, data: bytes) -> None:
         """Write one small object atomically, replacing any earlier one."""
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write one small object atomically, unless it exists; of several writers at once, exactly one is told True."""
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects."""

@@ -100,6 +100,17 @@ class GcsStore:
         with self._one_line():
             self._blob(name).upload_from_string(data, content_type="application/octet-stream", checksum="crc32c")
 
+    def create(self, name: str, data: bytes) -> bool:
+        """See `Store`. The precondition is that the object has no generation yet."""
+        with self._one_line():
+            try:
+                self._blob(name).upload_from_string(
+                    data, content_type="application/octet-stream", checksum="crc32c", if_generation_match=0
+                )
+            except api.PreconditionFailed:
+                return False
+        return True
+
     def delete(self, names: Iterable[str]) -> None:
         """See `Store`."""
         with self._one_line():

@@ -1,17 +1,32 @@
 """`complete.json`: what a complete place holds, file by file, and whether it still does."""
 
 import base64
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import google_crc32c
+from pydantic import NonNegativeInt
+from typing_extensions import TypedDict
 
+from components.core.reading import parse_json
 from components.core.storage.base import WORKERS, Held, Store
 
 COMPLETE = "complete.json"
 PIECE = 2**20  # bytes that are read at once
+
+
+class File(TypedDict):
+    """A file's entry in `complete.json`."""
+
+    size: NonNegativeInt
+    crc32c: str
+
+
+class Listing(TypedDict):
+    """The content of `complete.json`."""
+
+    files: dict[str, File]
 
 
 def checksum(path: Path) -> Held:
@@ -50,10 +65,8 @@ def parse(data: bytes, place: str) -> dict[str, Held]:
     Raises:
         ValueError: it is malformed, or a name in it leads outside the folder that it is downloaded to.
     """
-    try:
-        sums = {str(name): Held(int(held["size"]), str(held["crc32c"])) for name, held in json.loads(data)["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{place}/{COMPLETE} must list files with size and crc32c: {error!r}") from error
+    files = parse_json(data, f"{place}/{COMPLETE}", Listing)["files"]
+    sums = {name: Held(**file) for name, file in files.items()}
     for name in sums:
         parts = PurePosixPath(name).parts
         if not parts or name != "/".join(parts) or parts[0] == "/" or ".." in parts or "\0" in name:

@@ -86,9 +86,7 @@ def upload(folder: Path, place: str) -> None:
         OSError: the place could not be written to, after the client library's retries.
     """
     check_place("place", place)
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    if not files or COMPLETE in files:
-        raise ValueError(f"folder must hold files, none of them {COMPLETE}, got {folder}")
+    files = _files(folder)
     if is_complete(place):
         raise ValueError(f"place must not be complete yet, got {place}")
     store = open_store(place)
@@ -96,6 +94,32 @@ def upload(folder: Path, place: str) -> None:
     if whole := [name for name in rest if name.endswith(f"/{COMPLETE}")]:
         raise ValueError(f"place must not hold other places that are complete, got {place} with {whole[0]}")
     store.delete(rest)
+    _send(files, store, place)
+
+
+def complete(folder: Path, place: str) -> None:
+    """Bring a place to hold a folder, whatever of it is there already, complete and damaged or not at all.
+
+    Nothing is deleted on the way, and what is right stays right: several processes may do so at once with the same files, while
+    others read them.
+
+    Raises:
+        ValueError, OSError: as for `upload`, but the place may be complete.
+    """
+    check_place("place", place)
+    _send(_files(folder), open_store(place), place)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """All files of a folder to upload, by name."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    if not files or COMPLETE in files:
+        raise ValueError(f"folder must hold files, none of them {COMPLETE}, got {folder}")
+    return files
+
+
+def _send(files: dict[str, Path], store: Store, place: str) -> None:
+    """Write files, check what the store reports about them, and write `complete.json` last."""
     with _measured("uploaded", place, [path.stat().st_size for path in files.values()]):
         sums = checksums(files)
         store.put(files)
@@ -167,6 +191,13 @@ def write_bytes(place: str, data: bytes) -> None:
     check_place("place", place)
     parent, _, name = place.rpartition("/")
     open_store(parent).write(name, data)
+
+
+def create_bytes(place: str, data: bytes) -> bool:
+    """Write one small object unless it exists; returns whether it was written. Of several at once, one succeeds."""
+    check_place("place", place)
+    parent, _, name = place.rpartition("/")
+    return open_store(parent).create(name, data)
 
 
 def read_bytes(place: str) -> bytes:

@@ -6,6 +6,7 @@ request has botocore's timeouts and retries, and s3fs retries failed ones again.
 
 import contextlib
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 from components.core.storage.base import CHUNK, WORKERS, Held, split
 
+CREATE_TRIES, CREATE_PAUSE = 5, 0.5  # the pause between tries is in seconds
 _MINIO = "http://minio-service.kubeflow:9000"  # the one that Kubeflow Pipelines runs
 
 
@@ -83,6 +85,20 @@ class S3Store:
         with self._one_line():
             self.files.pipe_file(self._path(name), data)
 
+    def create(self, name: str, data: bytes, tries: int = CREATE_TRIES) -> bool:
+        """See `Store`. A store that does not know `If-None-Match` replaces the object and says True."""
+        try:
+            with self._one_line():
+                self.files.pipe_file(self._path(name), data, mode="create")
+        except OSError as error:
+            if _code(error) == "PreconditionFailed":
+                return False
+            if _code(error) != "ConditionalRequestConflict" or not tries:
+                raise
+            time.sleep(CREATE_PAUSE)  # another writer is at it: S3 asks to try again
+            return self.create(name, data, tries - 1)
+        return True
+
     def delete(self, names: Iterable[str]) -> None:
         """See `Store`."""
         with self._one_line():
@@ -98,11 +114,16 @@ class S3Store:
         try:
             yield
         except FileNotFoundError as error:
-            cause = error.__cause__
-            if isinstance(cause, ClientError) and cause.response["Error"]["Code"] == "NoSuchBucket":
+            if _code(error) == "NoSuchBucket":
                 raise ValueError(f"{self.place} must lie in a bucket that exists") from error
             raise
         except NoCredentialsError as error:
             raise ValueError(f"{self.place} needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a role: {error}") from error
         except (BotoCoreError, ClientError) as error:
             raise OSError(f"{self.place}: {error}") from error
+
+
+def _code(error: OSError) -> str:
+    """S3's own name for an error that s3fs has translated; empty if it is not one of S3."""
+    cause = error.__cause__
+    return str(cause.response["Error"].get("Code", "")) if isinstance(cause, ClientError) else ""

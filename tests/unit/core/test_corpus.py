@@ -4,17 +4,20 @@ import json
 import os
 import platform
 import re
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import datasets
 import pytest
 
+from components.core import corpus
 from components.core.corpus import (
     PYTHON_DOCS,
     WIKITEXT2,
     check_corpus,
     check_data,
+    check_held_out,
     is_hub,
     is_tokens,
     load_text,
@@ -23,6 +26,7 @@ from components.core.corpus import (
     splits_overlap,
     text_fingerprint,
 )
+from components.core.files import content_fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -320,6 +324,27 @@ def test_overlap_of_training_and_evaluation_text(tmp_path):
     assert splits_overlap(f"{plain}/../other.txt", other)
     assert not splits_overlap(PYTHON_DOCS, PYTHON_DOCS)
     assert not splits_overlap(WIKITEXT2, WIKITEXT2)
+
+
+@pytest.mark.parametrize("kind", ["copy", "hard link", "symbolic link"])
+def test_a_copy_of_the_training_text_is_not_held_out(tmp_path, kind):
+    (tmp_path / "train").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "train" / name).write_text(f"the text of {name}" * 100_000)
+    train, held_out = str(tmp_path / "train"), tmp_path / "held_out.txt"
+    make = {"copy": shutil.copyfile, "hard link": os.link, "symbolic link": os.symlink}[kind]
+    make(f"{train}/b.txt", held_out)
+    with pytest.raises(ValueError, match=f"^eval_data must be other text than train_data, got {held_out}: give another file"):
+        check_held_out("train_data", train, str(held_out))
+
+
+def test_only_files_of_equal_size_are_read_to_tell_whether_they_are_copies(tmp_path, monkeypatch):
+    read, sizes = [], {"train.txt": 10, "train2.txt": 20, "test.txt": 20, "test2.txt": 30, "train3.txt": 0, "test3.txt": 0}
+    for name, size in sizes.items():
+        (tmp_path / name).write_text(name[:2] * (size // 2))
+    monkeypatch.setattr(corpus, "content_fingerprint", lambda file: (read.append(file.name), content_fingerprint(file))[1])
+    check_held_out("train_data", str(tmp_path), str(tmp_path))
+    assert sorted(read) == ["test.txt", "train2.txt"]
 
 
 def test_a_tokens_folder_is_known_by_its_file(tmp_path):

@@ -10,13 +10,17 @@ from safetensors.torch import save_file
 from components.core.corpus import text_fingerprint
 from components.core.tokens import (
     FORMAT,
+    PIECE,
+    RUN,
     TOKENS_FILE,
     TokenBlocks,
     build_blocks,
+    count_overlaps,
     load_blocks,
     random_blocks,
     save_tokens,
     sequential_blocks,
+    shared_runs,
     tokenizer_fingerprint,
 )
 from tests.conftest import tiny_tokenizer
@@ -234,3 +238,65 @@ def test_tokenizer_fingerprint_tells_tokenizers_apart(tokenizer, other_tokenizer
     same_words.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     assert same_words.get_vocab() == tokenizer.get_vocab()
     assert tokenizer_fingerprint(same_words) != tokenizer_fingerprint(tokenizer)
+
+
+def random_ids(*shape, seed, words=256):
+    return torch.randint(words, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_shares(evaluation, training):
+    """What `shared_runs` returns, by comparing runs themselves."""
+    length, stream = min(RUN, evaluation.shape[1]), training.flatten().tolist()
+    seen = {tuple(stream[start : start + length]) for start in range(len(stream) - length + 1)}
+    runs = [[tuple(run) for run in block.unfold(0, length, 1).tolist()] for block in evaluation]
+    return [sum(run in seen for run in block) / len(block) for block in runs]
+
+
+@pytest.mark.parametrize("words", [2, 256, 150_000])
+@pytest.mark.parametrize("eval_seq_len", [1, 12, 32, 50, 51, 200])
+def test_shared_runs_are_those_of_a_plain_comparison(words, eval_seq_len):
+    training, evaluation = random_ids(40, 64, seed=1, words=words), random_ids(30, eval_seq_len, seed=2, words=words)
+    stream = training.flatten()
+    for block in range(10):  # a part of the training text, from its first to its last token
+        length, start = (block + 1) * eval_seq_len // 10, block * (stream.numel() - eval_seq_len) // 9
+        evaluation[block, :length] = stream[start : start + length]
+    evaluation[10] = stream[-eval_seq_len:]
+    wanted = plain_shares(evaluation, training)
+    assert shared_runs(evaluation, training).tolist() == wanted
+    assert max(wanted) == 1
+    if words == 150_000 and eval_seq_len > 1:
+        assert min(wanted) == 0
+
+
+def test_a_run_is_found_wherever_it_is_in_a_long_text():
+    training, evaluation = random_ids(2 * PIECE // 64 + 3, 64, seed=1), random_ids(6, 100, seed=2)
+    stream = training.flatten()
+    for block, start in enumerate([0, PIECE - RUN, PIECE - 1, PIECE, stream.numel() - RUN]):
+        evaluation[block, 7 : 7 + RUN] = stream[start : start + RUN]
+    assert (shared_runs(evaluation, training) > 0).tolist() == [True] * 5 + [False]
+
+
+def test_training_text_shorter_than_a_run_overlaps_with_nothing():
+    assert shared_runs(random_ids(3, 100, seed=1), random_ids(1, 10, seed=1)).tolist() == [0, 0, 0]
+
+
+def test_overlapping_blocks_are_counted_and_told(capsys):
+    training, evaluation = random_ids(40, 64, seed=1), random_ids(8, 100, seed=2)
+    assert count_overlaps("training", training, "test.txt", evaluation) == 0
+    assert capsys.readouterr().out == ""
+    evaluation[1, 30 : 30 + RUN] = training.flatten()[100 : 100 + RUN]
+    evaluation[5, : RUN - 1] = training.flatten()[: RUN - 1]
+    evaluation[6] = training.flatten()[500:600]
+    assert count_overlaps("training", training, "test.txt", evaluation) == 2
+    line = "2 of 8 evaluation blocks share 50 or more consecutive tokens with the training text: their perplexity is too good\n"
+    assert capsys.readouterr().out == line
+
+
+def test_an_evaluation_text_most_of_which_is_training_text_is_refused():
+    training, evaluation = random_ids(40, 64, seed=1), random_ids(8, 100, seed=2)
+    evaluation[:4] = training.flatten()[300:700].view(4, 100)
+    assert count_overlaps("training", training, "test.txt", evaluation) == 4
+    evaluation[4, :60] = training.flatten()[:60]
+    rule = "^eval_data must be other text than the training text, got test.txt: 53% of it is in there too$"
+    with pytest.raises(ValueError, match=rule):
+        count_overlaps("training", training, "test.txt", evaluation)

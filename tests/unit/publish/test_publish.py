@@ -60,7 +60,7 @@ def test_a_version_holds_models_report_and_what_they_are(settings, models, tmp_p
 def test_published_again_it_is_recognised_and_nothing_is_uploaded(settings, tmp_path, monkeypatch):
     first = publish(settings)
     before = content(tmp_path / "models")
-    monkeypatch.setattr("components.publish.stage.upload", lambda *_: pytest.fail("uploaded twice"))
+    monkeypatch.setattr("components.publish.stage.complete", lambda *_: pytest.fail("uploaded twice"))
     assert publish(settings).measured["place"] == first.measured["place"]
     assert publish(settings, models=settings["models"][::-1]).measured["version"] == first.measured["version"]
     assert content(tmp_path / "models") == before
@@ -108,6 +108,16 @@ def test_a_given_version_never_changes(settings, tmp_path):
     publish(settings, version="v1.0")
 
 
+def test_contents_that_differ_in_one_byte_of_a_large_file_are_told_apart(settings, tmp_path):
+    first, twin = (save_model(tmp_path / name, b"one1" * 25) for name in ("large", "twin"))
+    with Path(twin, "model.safetensors").open("r+b") as file:
+        file.seek(100_001)  # between the samples of a file that is sampled
+        file.write(b"-")
+    publish(settings, version="v1", models=[first])
+    with pytest.raises(ValueError, match="version must be new for new content"):
+        publish(settings, version="v1", models=[twin])
+
+
 def test_what_fails_the_gate_is_not_published(settings, tmp_path):
     run = shell(settings | {"max_ppl_ratio": 2.1, "min_sparsity": 0.5})
     assert run.returncode == 2
@@ -136,6 +146,12 @@ def test_an_upload_that_breaks_off_leaves_the_pointer_and_a_retry_completes_it(s
     assert broken.returncode != 0
     assert "File too large" in broken.stderr
     assert (tmp_path / "models" / "latest.json").read_bytes() == latest
+    other = shell(changed | {"models": [save_model(tmp_path / "d", b"others")]})
+    assert other.returncode == 2
+    assert other.stderr.splitlines() == [
+        f"error: version must be new for new content, {tmp_path}/models/2 was begun with other models or another report: "
+        "complete it by publishing those again, remove it, or name another version"
+    ]
     retried = shell(changed)
     assert retried.returncode == 0, retried.stderr
     assert json.loads((tmp_path / "models" / "latest.json").read_text())["version"] == "2"

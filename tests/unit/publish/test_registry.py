@@ -111,8 +111,8 @@ def uploads(monkeypatch):
     """The place of each upload."""
     import components.publish.stage as stage
 
-    real, places = stage.upload, []
-    monkeypatch.setattr(stage, "upload", lambda folder, place: (places.append(place), real(folder, place)))
+    real, places = stage.complete, []
+    monkeypatch.setattr(stage, "complete", lambda folder, place: (places.append(place), real(folder, place)))
     return places
 
 
