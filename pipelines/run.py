@@ -6,6 +6,7 @@ same `--run_dir` goes on with a run that was stopped, killed or failed.
 
 import dataclasses
 import inspect
+import signal
 import sys
 import warnings
 from dataclasses import field, make_dataclass
@@ -17,7 +18,7 @@ from kfp import local
 from rich.console import Console
 from rich.table import Table
 
-from components.core.cli import fail, parse
+from components.core.cli import fail, parse, stop_at_sigterm
 from components.core.files import read_json
 from components.core.history import REPORT_PAGE, REPORT_SUMMARY
 from pipelines.checks import check_parameters
@@ -31,8 +32,8 @@ from pipelines.transcript import log_file
 HERE = [group for group in GROUPS["compress"] if group.settings is not PodSettings]
 LOG = "run.log"
 RUN_DIR_HELP = (
-    "Folder for all artifacts; empty = runs/<date and time>. In the folder of an earlier run, a stage that is complete there, with "
-    "the same parameters and inputs, is not run again."
+    "Folder for all artifacts; empty = runs/<date and time>. In the folder of an earlier run, a stage that is complete there "
+    "with the same parameters and inputs is not run again."
 )
 
 
@@ -76,6 +77,7 @@ def main() -> None:
     """Parse and check the flags, run the pipeline and print the table."""
     settings = parse(settings_class(), "Prune, distil and quantize a language model on this machine.")
     values = {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(settings)}
+    stop_at_sigterm()
     run_dir = Path(values.pop("run_dir") or f"runs/{datetime.now():%Y%m%d-%H%M%S}").absolute()
     try:
         check_run_dir(run_dir)
@@ -87,6 +89,8 @@ def main() -> None:
             summary = run(run_dir, lock, values)
     except (ValueError, RuntimeError) as error:
         fail(error)
+    except KeyboardInterrupt:  # before the stages
+        raise SystemExit(128 + signal.SIGINT) from None
     show(summary, run_dir / LOG)
 
 

@@ -104,7 +104,8 @@ def fingerprint(path: Path) -> str:
 def code_of(stage: str) -> str:
     """SHA-256 of the source of a stage and of what all stages share."""
     root = Path(components.__file__).parent
-    files = sorted(file for folder in ("core", stage) for file in (root / folder).rglob("*.*") if file.suffix != ".pyc")
+    kinds = (".py", ".json", ".j2")
+    files = sorted(file for folder in ("core", stage) for file in (root / folder).rglob("*") if file.suffix in kinds)
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -1,7 +1,6 @@
 """Load teacher, student and mask; train; check that pruned weights stayed zero; save."""
 
 import hashlib
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from components.core.mask.integrity import apply_mask, enforce, integrity
 from components.core.mask.mask import Mask, load_mask
 from components.core.mask.prunable import check_mask
 from components.core.models import local_folder
-from components.core.process import end_with
 from components.core.progress import log, log_perplexity
 from components.core.tokens import id_bytes, load_blocks
 from components.distill import launch
@@ -41,8 +39,7 @@ def run(config: DistillConfig) -> StageRecord:
         SparsityError: a weight outside the mask is not zero, and `fail_on_sparse_violation` is set.
     """
     config.check_environment()
-    if launch.started_already():
-        end_with(os.getppid())  # torchrun puts its processes into groups of their own, which a signal to its own does not reach
+    launch.end_with_launcher()
     if config.launcher != "python" and not launch.started_already():
         check_models(config, load_mask(config.mask_file), str(local_folder(config.teacher_model, parameter="teacher_model")))
         launch.start(config)

@@ -149,9 +149,15 @@ def test_what_was_deleted_is_made_anew(run, undisturbed):
 
 
 def test_a_changed_parameter_redoes_what_depends_on_it(run, undisturbed):
+    """Checkpoints of other parameters do not stop it, and do not stay."""
+    run.interrupt(signal.SIGTERM, "undisturbed", "checkpoint: ", "--distill_learning_rate", "2e-3")
     out = run.finish("undisturbed", "--distill_max_steps", 4, "--quantize_formats", "int8")
     assert taken(out) == ["fetch", "tokenize", "prune"]
     assert started(out) == ["resolve", "distill", "quantize", "report", "publish"]
+    assert "distill: the checkpoints here are of other parameters or inputs, so it starts from the beginning\n" in out
+    assert "resuming" not in out
+    assert not list((run.folder / "undisturbed").glob("*/checkpoints"))
+    assert len(list((run.folder / "undisturbed").glob("distill-*"))) == 2  # the finished ones
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -161,19 +167,13 @@ def test_processes_of_torchrun_end_too(run, undisturbed, number):
     assert "distilled in" not in out
 
 
-def test_checkpoints_of_other_parameters_do_not_stop_a_run(run, undisturbed):
-    run.interrupt(signal.SIGTERM, "undisturbed", "checkpoint: ", "--distill_learning_rate", "2e-3")
-    out = run.finish("undisturbed", "--distill_learning_rate", "3e-3", "--quantize_formats", "int8")
-    assert "distill: the checkpoints here are of other parameters or inputs, so it starts from the beginning\n" in out
-    assert "resuming" not in out
-    assert not list((run.folder / "undisturbed").glob("*/checkpoints"))
-
-
 def test_two_at_once_are_refused(run, undisturbed):
     first = run.start("undisturbed")
     assert first.stdout.readline() == "== resolve\n"
+    first.send_signal(signal.SIGSTOP)
     second = run.start("undisturbed")
     _, err = second.communicate()
+    first.send_signal(signal.SIGCONT)
     place = run.folder / "undisturbed"
     assert second.returncode == 2
     assert err == f"error: run_dir must not be used by two run.py at once, another one is running in {place}\n"
