@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +23,13 @@ def log_file(path: Path) -> Iterator[TextIO]:
     for name in ("CYAN", "GREEN", "RED", "MAGENTA", "RESET"):
         setattr(logging_utils.Color, name, "")
     with path.open("a", encoding="utf-8", buffering=1) as file, contextlib.redirect_stdout(file):
-        yield file
+        # kfp.local sets handlers for each task; of two at a time, the one that ends first would leave the other without
+        handler = logging.StreamHandler(file)
+        logging.getLogger().addHandler(handler)
+        try:
+            yield file
+        finally:
+            logging.getLogger().removeHandler(handler)
 
 
 def copy(lines: Iterable[str], log: TextIO, terminal: TextIO) -> None:

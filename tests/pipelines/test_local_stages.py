@@ -146,10 +146,8 @@ def test_what_a_killed_stage_left_is_removed_except_what_it_can_use(tmp_path):
     for name in ("executor_output.json", "Output"):
         (model.parent / name).touch()
     set_complete(tmp_path)
-    artifacts = {
-        "pruned_model": {"artifacts": [{"uri": str(model)}]},
-        "metrics": {"artifacts": [{"uri": str(model.parent / "m")}]},
-    }
+    paths = {"pruned_model": model, "metrics": model.parent / "metrics"}
+    artifacts = {name: {"artifacts": [{"uri": str(path)}]} for name, path in paths.items()}
     parameters = {"Output": {"outputFile": str(model.parent / "Output")}}
     outputs = {"artifacts": artifacts, "parameters": parameters, "outputFile": str(model.parent / "executor_output.json")}
     remove_outputs(tmp_path, outputs)

@@ -1,6 +1,9 @@
 """What a local run prints, and what it keeps for its log file."""
 
 import io
+import logging
+
+from kfp.local.logging_utils import local_logger_context
 
 from pipelines.transcript import copy, log_file, own_lines
 
@@ -35,6 +38,9 @@ def test_everything_goes_to_the_file(tmp_path):
     with log_file(tmp_path / "run.log") as log:
         print("header of kfp.local")
         copy([*PRINTED.splitlines(keepends=True), "last words"], log, terminal)
+        with local_logger_context():
+            pass
+        logging.error("of another task")
     assert terminal.getvalue().startswith("[PPL] before_pruning=29.6018\n")
     assert terminal.getvalue().endswith("\nlast words\n")
-    assert (tmp_path / "run.log").read_text() == f"earlier\nheader of kfp.local\n{PRINTED}last words\n"
+    assert (tmp_path / "run.log").read_text() == f"earlier\nheader of kfp.local\n{PRINTED}last words\nof another task\n"
