@@ -21,8 +21,6 @@ NOT_IN_PIPELINES = {
     "no_mask": "a control for comparisons: its result is not sparse, so no later stage would accept it",
     "max_grad_norm": "expert setting",
     "global_batch": "follows from batch_size, grad_accum_steps and the number of processes",
-    "checkpoint_dir": "a pod's disk is lost with the pod; on many nodes the launcher sets a folder in the handover, "
-    "on one machine `run.py` sets one in the run's folder",
     "checkpoint_steps": "only used with checkpoint_dir",
     "keep_checkpoints": "only used with checkpoint_dir",
     "tensorboard_dir": "a pod's disk is lost with the pod; the report plots the curves",
@@ -33,8 +31,8 @@ CHECKPOINT_VARIABLE = "DISTILL_CHECKPOINT_DIR"
 def checkpoint_dir_here(backend: str, keep_best: bool) -> str:
     """The folder for checkpoints that `pipelines/run.py` gives to this process; empty = none.
 
-    It is not a parameter of the pipeline, since in a pod the folder would be lost with the pod, and since its path says nothing
-    about the result. DeepSpeed cannot go on with `keep_best`, see `DistillConfig`.
+    It is not a parameter of the pipeline: a pod's disk is lost with the pod, and on many nodes the launcher sets a folder in the
+    handover. DeepSpeed with `keep_best` has no checkpoints, see `DistillConfig`.
     """
     return "" if backend == "deepspeed" and keep_best else os.environ.get(CHECKPOINT_VARIABLE, "")
 
