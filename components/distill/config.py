@@ -31,8 +31,8 @@ CHECKPOINT_VARIABLE = "DISTILL_CHECKPOINT_DIR"
 def checkpoint_dir_here(backend: str, keep_best: bool) -> str:
     """The folder for checkpoints that `pipelines/run.py` gives to this process; empty = none.
 
-    It is not a parameter of the pipeline, since a pod's disk is lost with the pod. DeepSpeed with `keep_best` has no checkpoints,
-    see `DistillConfig`.
+    It is not a parameter of the pipeline, since a pod's disk is lost with the pod. DeepSpeed with `keep_best` has no
+    checkpoints, see `DistillConfig`.
     """
     return "" if backend == "deepspeed" and keep_best else os.environ.get(CHECKPOINT_VARIABLE, "")
 

@@ -41,8 +41,11 @@ class Run:
         assert list(self.temporary.iterdir()) == []
         return out
 
-    def interrupt(self, number, run_dir, line, *flags, after=0.0):
-        """Send a signal once a line with this text has been printed; returns exit code, what was printed, and stderr."""
+    def interrupt(self, number, run_dir, line, *flags, after=0.0, whom="run"):
+        """Send a signal once a line with this text has been printed; returns exit code, what was printed, and stderr.
+
+        `whom`: `run` for run.py, `stage` for the stage's group of processes.
+        """
         process = self.start(run_dir, *flags)
         printed = []
         for text in process.stdout:
@@ -52,7 +55,13 @@ class Run:
         else:
             raise AssertionError("".join(printed) + process.stderr.read())
         time.sleep(after)
-        process.send_signal(number)
+        if whom == "run":
+            process.send_signal(number)
+        else:
+            (stage,) = (
+                child for child in psutil.Process(process.pid).children() if "pipelines.stage_process" in child.cmdline()
+            )
+            os.killpg(stage.pid, number)
         out, err = process.communicate(timeout=60)
         self.check_nothing_is_left()
         return process.returncode, "".join(printed) + out, err
@@ -160,11 +169,15 @@ def test_a_changed_parameter_redoes_what_depends_on_it(run, undisturbed):
     assert len(list((run.folder / "undisturbed").glob("distill-*"))) == 2  # the finished ones
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_processes_of_torchrun_end_too(run, undisturbed, number):
-    flags = [*TORCHRUN, "--distill_master_port", 29400 + number]
-    _, out, _ = run.interrupt(number, "undisturbed", "checkpoint: ", *flags)
+@pytest.mark.parametrize("whom", ["run", "stage"])
+def test_processes_of_torchrun_end_too(run, undisturbed, whom):
+    """They have groups of their own. A stage is killed together with torchrun, by `run.py` or for lack of memory."""
+    port = {"run": 29431, "stage": 29432}[whom]
+    code, out, err = run.interrupt(
+        signal.SIGKILL, "undisturbed", "checkpoint: ", *TORCHRUN, "--distill_master_port", port, whom=whom
+    )
     assert "distilled in" not in out
+    assert code == (-signal.SIGKILL if whom == "run" else 2), err
 
 
 def test_two_at_once_are_refused(run, undisturbed):
