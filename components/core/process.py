@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 GRACE_SECONDS = 120.0  # that a process has to end after SIGTERM, enough to write a checkpoint, before it is killed
+POLL_SECONDS = 0.2
 
 
 def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -34,7 +35,8 @@ def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> None:
 def end_with(parent: int) -> None:
     """Have this process end when its parent has died, whatever killed it: first by SIGTERM, then by SIGKILL.
 
-    A thread looks once a second. Linux could send a signal instead, but does so when the parent's thread ends, not its process.
+    A thread looks every now and then. Linux could send a signal instead, but does so when the thread that started this process
+    ends, not only when the parent does.
 
     Args:
         parent: process id of the parent. If it has died already, this process ends at once.
@@ -42,7 +44,7 @@ def end_with(parent: int) -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(1)
+            time.sleep(POLL_SECONDS)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         time.sleep(GRACE_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -58,9 +58,7 @@ class Run:
         if whom == "run":
             process.send_signal(number)
         else:
-            (stage,) = (
-                child for child in psutil.Process(process.pid).children() if "pipelines.stage_process" in child.cmdline()
-            )
+            (stage,) = psutil.Process(process.pid).children()
             os.killpg(stage.pid, number)
         out, err = process.communicate(timeout=60)
         self.check_nothing_is_left()
