@@ -1,37 +1,45 @@
 """Run the whole pipeline on this machine, without a cluster: `python pipelines/run.py --model_id …`.
 
-`kfp.local` runs the same pipeline function that is compiled for clusters, with one process per stage.
+`kfp.local` runs the same pipeline function that is compiled for clusters, with one process per stage. The same command with the
+same `--run_dir` goes on with a run that was stopped, killed or failed.
 """
 
 import dataclasses
 import inspect
+import signal
 import sys
 import warnings
 from dataclasses import field, make_dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kfp import local
 from rich.console import Console
 from rich.table import Table
 
-from components.core.cli import fail, parse
-from components.core.files import check_new
+from components.core.cli import fail, parse, stop_at_sigterm
 from components.core.history import REPORT_PAGE, REPORT_SUMMARY
 from components.core.reading import read_json
 from pipelines.checks import check_parameters
 from pipelines.compress import MODEL_ID, compress
+from pipelines.local_stages import LocalStages
 from pipelines.parameters import GROUPS, parameters
 from pipelines.pods import PodSettings
-from pipelines.transcript import transcript
+from pipelines.run_folder import TEMPORARY, check_run_dir, remove_unfinished, used_alone
+from pipelines.transcript import log_file
 
 HERE = [group for group in GROUPS["compress"] if group.settings is not PodSettings]
+LOG = "run.log"
+RUN_DIR_HELP = (
+    "Folder for all artifacts; empty = runs/<date and time>. In the folder of an earlier run, a stage that is complete there "
+    "with the same parameters and inputs is not run again."
+)
 
 
 def settings_class() -> type:
     """A settings class with the pipeline's parameters, defaults and help, except for pod sizes, as there are no pods."""
-    run_dir = field(default="", metadata={"help": "Folder to create for all artifacts; empty = runs/<date and time>."})
+    run_dir = field(default="", metadata={"help": RUN_DIR_HELP})
     fields: list[Any] = [("run_dir", str, run_dir)]
     for parameter in parameters(HERE, model_id=MODEL_ID):
         default = parameter.default
@@ -69,25 +77,47 @@ def main() -> None:
     """Parse and check the flags, run the pipeline and print the table."""
     settings = parse(settings_class(), "Prune, distil and quantize a language model on this machine.")
     values = {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(settings)}
+    stop_at_sigterm()
     run_dir = Path(values.pop("run_dir") or f"runs/{datetime.now():%Y%m%d-%H%M%S}").absolute()
     try:
-        check_new("run_dir", run_dir)
+        check_run_dir(run_dir)
         check_parameters(HERE, values, on_this_machine=True)
-    except ValueError as error:
+        for name in ("model_id", "train_data", "eval_data"):  # a stage may run in another working directory
+            if Path(values[name]).exists():
+                values[name] = str(Path(values[name]).absolute())
+        with used_alone(run_dir) as lock:
+            summary = run(run_dir, lock, values)
+    except (ValueError, OSError, RuntimeError) as error:
         fail(error)
-    for name in ("model_id", "train_data", "eval_data"):  # a stage may run in another working directory
-        if Path(values[name]).exists():
-            values[name] = str(Path(values[name]).absolute())
+    except KeyboardInterrupt:  # before the stages
+        raise SystemExit(128 + signal.SIGINT) from None
+    show(summary, run_dir / LOG)
+
+
+def run(run_dir: Path, lock: TextIO, values: dict[str, Any]) -> Path:
+    """Run the pipeline; returns the report's folder.
+
+    Raises:
+        RuntimeError: a stage failed.
+        SystemExit: a signal has stopped the run.
+    """
     warnings.filterwarnings("ignore", module=r"kfp\.local")  # its warnings about pods do not apply here
-    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(run_dir))
-    log_file = run_dir / "run.log"
-    try:
-        with transcript(log_file, sys.stdout):
-            outputs = compress(**values).outputs
-    except RuntimeError as error:  # the failing stage's own lines are above; kfp's traceback would bury them
-        error.args = (f"{error}; the full log is {log_file}",)
-        fail(error)
-    show(Path(outputs["summary"].path), log_file)
+    workspace = str(run_dir / TEMPORARY / "workspace")  # by default, kfp.local makes one in /tmp
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(run_dir), workspace_root=workspace)
+    terminal = sys.stdout
+    with log_file(run_dir / LOG) as log:
+        stages = LocalStages(run_dir, lock, log, terminal)
+        try:
+            with stages.in_charge():
+                outputs = compress(**values).outputs
+        except RuntimeError as error:  # the failing stage's own lines are above; kfp's traceback would bury them
+            if stages.stopped_by:
+                print(f"stopped; the same command with --run_dir {run_dir} goes on from here", file=sys.stderr)
+                raise SystemExit(128 + stages.stopped_by) from None
+            error.args = (f"{error}; the full log is {run_dir / LOG}",)
+            raise
+    remove_unfinished(run_dir)
+    return Path(outputs["summary"].path)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@
 """
 
 import contextlib
-import os
+import logging
 import re
-import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from kfp.local import logging_utils, subprocess_task_handler
+from kfp.local import logging_utils
 
 # how the executor's own lines begin; libraries log in the same form, and what they warn of must be seen
 EXECUTOR = re.compile(r"\[KFP Executor [^]]* INFO\]: ")
@@ -19,38 +18,25 @@ INPUT_BEGINS, INPUT_ENDS = "Got executor_input:", "}"  # the JSON is between the
 
 
 @contextlib.contextmanager
-def transcript(path: Path, terminal: TextIO) -> Iterator[None]:
-    """Write everything that `kfp.local` prints to the file `path`, and what the stages themselves print to `terminal`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def log_file(path: Path) -> Iterator[TextIO]:
+    """Append everything that `kfp.local` prints to the file `path`, which is yielded for what the stages print."""
     for name in ("CYAN", "GREEN", "RED", "MAGENTA", "RESET"):
         setattr(logging_utils.Color, name, "")
-    with path.open("w", encoding="utf-8", buffering=1) as file, contextlib.redirect_stdout(file):
-
-        def run_stage(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
-            """Replaces the function with which `kfp.local` runs a stage; several stages may run in parallel."""
-            stage = full_command[full_command.index("--function_to_execute") + 1]
-            terminal.write(f"== {stage}\n")
-            terminal.flush()
-            with subprocess.Popen(
-                full_command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                env=os.environ | (env_vars or {}),
-            ) as process:
-                assert process.stdout
-                for line in own_lines(_written(process.stdout, file)):
-                    terminal.write(line)
-                    terminal.flush()
-            return process.returncode
-
-        original = subprocess_task_handler.run_local_subprocess
-        subprocess_task_handler.run_local_subprocess = run_stage
+    with path.open("a", encoding="utf-8", buffering=1) as file, contextlib.redirect_stdout(file):
+        # kfp.local sets handlers for each task; of two at a time, the one that ends first would leave the other without
+        handler = logging.StreamHandler(file)
+        logging.getLogger().addHandler(handler)
         try:
-            yield
+            yield file
         finally:
-            subprocess_task_handler.run_local_subprocess = original
+            logging.getLogger().removeHandler(handler)
+
+
+def copy(lines: Iterable[str], log: TextIO, terminal: TextIO) -> None:
+    """Write a stage's lines to the log as they come, and those that it printed itself to the terminal."""
+    for line in own_lines(_written(lines, log)):
+        terminal.write(line)
+        terminal.flush()
 
 
 def _written(lines: Iterable[str], file: TextIO) -> Iterator[str]:

@@ -1,9 +1,15 @@
-"""Run another program until it exits."""
+"""Run another program until it exits, and end together with the one that started this."""
 
+import os
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
+
+GRACE_SECONDS = 120.0  # that a process has to end after SIGTERM, enough to write a checkpoint, before it is killed
+POLL_SECONDS = 0.2
 
 
 def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -24,3 +30,23 @@ def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> None:
             signal.signal(signal.SIGTERM, before)
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
+
+
+def end_with(parent: int) -> None:
+    """Have this process end when its parent has died, whatever killed it: first by SIGTERM, then by SIGKILL.
+
+    A thread looks every now and then. Linux could send a signal instead, but does so when the thread that started this process
+    ends, not only when the parent does.
+
+    Args:
+        parent: process id of the parent. If it has died already, this process ends at once.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        time.sleep(GRACE_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()

@@ -46,7 +46,7 @@ def distill(
     """Distil the dense teacher into the sparse student."""
     from components.core.history import log_metrics
     from components.core.settings import configure
-    from components.distill.config import DistillConfig
+    from components.distill.config import DistillConfig, checkpoint_dir_here
     from components.distill.stage import run
 
     config = configure(
@@ -58,6 +58,7 @@ def distill(
         output_dir=distilled_model.path,
         train_data=tokens.path,
         eval_data=tokens.path,
+        checkpoint_dir=checkpoint_dir_here(backend, keep_best),
     )
     record = run(config)
     log_metrics(record, metrics, stats.path)

@@ -1,6 +1,7 @@
 """Settings of the distill stage."""
 
 import importlib.util
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,11 +22,20 @@ NOT_IN_PIPELINES = {
     "no_mask": "a control for comparisons: its result is not sparse, so no later stage would accept it",
     "max_grad_norm": "expert setting",
     "global_batch": "follows from batch_size, grad_accum_steps and the number of processes",
-    "checkpoint_dir": "a pod's disk is lost with the pod; on many nodes the launcher sets a folder in the handover",
     "checkpoint_steps": "only used with checkpoint_dir",
     "keep_checkpoints": "only used with checkpoint_dir",
     "tensorboard_dir": "a pod's disk is lost with the pod; the report plots the curves",
 }
+CHECKPOINT_VARIABLE = "DISTILL_CHECKPOINT_DIR"
+
+
+def checkpoint_dir_here(backend: str, keep_best: bool) -> str:
+    """The folder for checkpoints that `pipelines/run.py` gives to this process; empty = none.
+
+    It is not a parameter of the pipeline, since a pod's disk is lost with the pod. DeepSpeed with `keep_best` has no
+    checkpoints, see `DistillConfig`.
+    """
+    return "" if backend == "deepspeed" and keep_best else os.environ.get(CHECKPOINT_VARIABLE, "")
 
 
 @dataclass(frozen=True, kw_only=True)

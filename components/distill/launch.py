@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from components.core.device import pick_device
-from components.core.process import run_to_end
+from components.core.process import end_with, run_to_end
 from components.distill.config import DistillConfig
 
 STARTED = "DISTILL_STARTED"
@@ -20,6 +20,15 @@ def started_already() -> bool:
     accelerate sets no rank for a single process; without the marker such a child would endlessly start new children.
     """
     return "RANK" in os.environ or STARTED in os.environ
+
+
+def end_with_launcher() -> None:
+    """Have this process end when the launcher that `start` started has died.
+
+    torchrun puts its processes into groups of their own, so killing its group would leave them running.
+    """
+    if STARTED in os.environ:
+        end_with(os.getppid())
 
 
 def process_count() -> int:

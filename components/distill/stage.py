@@ -48,6 +48,7 @@ def run(config: DistillConfig) -> StageRecord:
         SparsityError: a weight outside the mask is not zero, and `fail_on_sparse_violation` is set.
     """
     config.check_environment()
+    launch.end_with_launcher()
     if config.launcher != "python" and not launch.started_already():
         check_models(config, load_mask(config.mask_file), str(local_folder(config.teacher_model, parameter="teacher_model")))
         launch.start(config)

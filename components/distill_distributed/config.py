@@ -18,6 +18,7 @@ NOT_IN_PIPELINES = NOT_IN_COMPRESS | {
     "backend": "only fsdp runs on many nodes",
     "launcher": "the nodes always use torchrun",
     "master_port": "the job's operator sets it",
+    "checkpoint_dir": "the launcher sets a folder in the handover",
     "deepspeed_config": "only used with backend deepspeed",
 }
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")

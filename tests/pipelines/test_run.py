@@ -85,6 +85,7 @@ def test_a_stage_that_fails_is_heard(tmp_path):
     (log_file,) = tmp_path.glob("runs/*/run.log")
     assert done.stderr.startswith("error: ")
     assert str(log_file) in done.stderr
+    assert not (log_file.parent / "tmp").exists()
 
 
 def test_sparsity_holds_to_the_end(finished):
