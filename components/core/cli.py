@@ -33,8 +33,8 @@ def main(config_class: type, stage: str) -> None:
     The module is imported after the settings have been checked, so that a wrong value is reported immediately. SIGTERM,
     which stops a pod, ends the program like an exception, so that no half-written output is left behind.
     """
-    config = parse(config_class)
     stop_at_sigterm()
+    config = parse(config_class)
     try:
         config.check_environment()
         record = importlib.import_module(stage).run(config)
