@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch.distributed.checkpoint import filesystem
 from components.core.locks import LOCK, only_user
 from components.distill import backends, resume
 from components.distill.stage import run as run_stage
-from tests.unit.distill.test_backends import finished, folder, needs_deepspeed, start, two  # noqa: F401 (a fixture)
+from components.distill.with_deepspeed import DeepSpeed
+from tests.unit.distill.test_backends import finished, folder, losses, needs_deepspeed, start, two  # noqa: F401 (a fixture)
 from tests.unit.distill.test_distill import curve, pruned, settings, trainer  # noqa: F401 (a fixture)
 
 
@@ -234,3 +236,31 @@ def test_the_stage_gives_the_folder_back(pruned, corpus, tmp_path):  # noqa: F81
     run_stage(config)
     shutil.rmtree(tmp_path / "out")
     run_stage(config)
+
+
+def test_all_processes_skip_the_same_checkpoint(folder, corpus, tmp_path):  # noqa: F811
+    more = (*two("fsdp", port=29660), f"--checkpoint_dir={tmp_path}/checkpoints", "--checkpoint_steps=3", "--max_steps=6")
+    more += ("--skip_ppl_eval",)
+    finished(start(folder, corpus, "agree", *more))
+    wanted = losses(folder, "agree")
+    shutil.rmtree(folder / "agree")
+    manifest = json.loads((tmp_path / "checkpoints" / "step-00000006" / resume.MANIFEST).read_text())
+    assert {name.split("_")[2] for name in manifest["files"] if name.startswith("__")} == {"0", "1"}  # those of both processes
+    flip(tmp_path / "checkpoints" / "step-00000006")
+    printed = finished(start(folder, corpus, "agree", *more))
+    assert printed.count("skipped a damaged checkpoint: ") == 1
+    assert f"resuming from {tmp_path}/checkpoints/step-00000003\n" in printed
+    assert losses(folder, "agree") == wanted
+
+
+@pytest.mark.parametrize("found", [(None, None), RuntimeError("torn")], ids=["nothing", "an error"])
+def test_what_deepspeed_cannot_read_is_an_error(tmp_path, found):
+    def load_checkpoint(*_, **__):
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    backend = object.__new__(DeepSpeed)
+    backend.world_size, backend.engine = 1, SimpleNamespace(load_checkpoint=load_checkpoint)
+    with pytest.raises(OSError, match=f"{tmp_path} could not be read: (the engine finds no checkpoint in it|torn)"):
+        backend.load_state(tmp_path, same_processes=True, has_best=False)
