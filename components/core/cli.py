@@ -45,6 +45,9 @@ def run(read: Callable[[], Any], stage: str) -> None:
     The module is imported after the settings have been checked, so that a wrong value is reported immediately. SIGTERM,
     which stops a pod, ends the program like an exception, so that no half-written output is left behind.
     """
+    if threading.current_thread() is threading.main_thread():
+        # there is nothing to clean up yet, and the library that reads settings catches SystemExit
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     with errors_in_one_line():
         config = read()
         stop_at_sigterm()

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-NAME_ROOM = 48  # bytes that names of temporary files beside an output are longer than its own
+from components.core.locks import remove_unused, use
+
+NAME_ROOM = 48  # bytes that names of temporary files beside an output may be longer than its own
+PARTIAL = ".partial"
 
 
 def check_new(parameter: str, path: str | os.PathLike[str], bytes_needed: int = 0) -> None:
@@ -34,9 +36,28 @@ def check_new(parameter: str, path: str | os.PathLike[str], bytes_needed: int = 
     longest = os.pathconf(place, "PC_NAME_MAX") - NAME_ROOM
     if any(len(os.fsencode(part)) > longest for part in target.relative_to(place).parts):
         raise ValueError(f"{parameter} must have names of at most {longest} bytes, got {path}")
+    remove_unused(_scratch_folders(target))
+    check_room(parameter, path, bytes_needed)
+
+
+def check_room(parameter: str, path: str | os.PathLike[str], bytes_needed: int, share: str = "") -> None:
+    """Check that there is room for `path` on its disk.
+
+    Args:
+        parameter: name of the setting, for the error message.
+        path: the file or folder to be created.
+        bytes_needed: approximate size of what will be written there.
+        share: which part of it is for something else, for the error message.
+
+    Raises:
+        ValueError: the disk is too full.
+    """
+    place = next(folder for folder in Path(path).absolute().parents if os.path.lexists(folder))
     free = shutil.disk_usage(place).free
     if bytes_needed > free:
-        raise ValueError(f"{parameter} needs about {bytes_needed / 1e9:.2f} GB of disk, {place} has {free / 1e9:.2f} GB free")
+        raise ValueError(
+            f"{parameter} needs about {bytes_needed / 1e9:.2f} GB of disk{share}, {place} has {free / 1e9:.2f} GB free"
+        )
 
 
 def check_folder(parameter: str, path: str | os.PathLike[str]) -> None:
@@ -55,17 +76,55 @@ def check_folder(parameter: str, path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary sibling folder that is renamed to `path` if the block succeeds, and removed otherwise."""
+    """Yield a temporary folder that is renamed to `path` if the block succeeds, and removed otherwise."""
     target = Path(path).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
+    with _scratch(target) as scratch:
+        scratch.mkdir()
         yield scratch
         _restore_usual_modes(scratch)
         scratch.rename(target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` if the block succeeds, and is removed otherwise."""
+    target = Path(path).absolute()
+    with _scratch(target) as scratch:
+        yield scratch
+        _restore_usual_modes(scratch)
+        scratch.replace(target)
+
+
+@contextlib.contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """Yield a path to write to before it is renamed to `target`: in a private folder beside it, so on the same disk.
+
+    The folder is in use as long as this process lives; those that killed processes left beside `target` are removed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_unused(_scratch_folders(target))
+    lock = None
+    while lock is None:  # until it is marked as in use, another process may take it for a dead one's
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent))
+        try:
+            lock = use(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    try:
+        yield folder / target.name
+    finally:
+        lock.close()  # NFS does not remove a folder with an open file
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _scratch_folders(target: Path) -> list[Path]:
+    """The folders of `_scratch` beside a target, of all processes."""
+    try:
+        beside = list(target.parent.iterdir())
+    except OSError:  # not there yet, or it can be written but not listed
+        return []
+    return [path for path in beside if path.name.startswith(f".{target.name}.") and path.suffix == PARTIAL]
 
 
 def _restore_usual_modes(path: Path) -> None:
@@ -74,21 +133,6 @@ def _restore_usual_modes(path: Path) -> None:
     os.umask(umask)
     for entry in (path, *path.rglob("*")):
         entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
-
-
-@contextlib.contextmanager
-def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary sibling path that replaces `path` if the block succeeds, and is removed otherwise."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield scratch
-        _restore_usual_modes(scratch)
-        scratch.replace(target)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -5,7 +5,9 @@ weights after every step. FSDP masks only local shards; under DeepSpeed the fp32
 next all-gather would otherwise write old values back.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import load as load_distributed  # type: ignore[attr-defined]
 from torch.distributed.checkpoint import save as save_distributed  # type: ignore[attr-defined]
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from components.core.mask.mask import Mask
@@ -28,6 +31,33 @@ T = TypeVar("T")
 def finite(norm: Any) -> float | None:
     """A gradient's norm, or None if it is unknown or, as in a step that loss scaling skips, not finite."""
     return float(norm) if norm is not None and math.isfinite(norm) else None
+
+
+@contextlib.contextmanager
+def plain_errors(what: str) -> Iterator[None]:
+    """Turn whatever a library raises at a checkpoint into an OSError of one line; the end of the program stays what it is.
+
+    Args:
+        what: the start of the message.
+
+    Raises:
+        OSError: the library failed, because of a full disk or a damaged file, for instance.
+    """
+    try:
+        yield
+    except CheckpointException as error:  # holds what each process raised, SystemExit too
+        causes = [cause for cause, _ in error.failures.values()]
+        if ends := [cause for cause in causes if not isinstance(cause, Exception)]:
+            raise ends[0] from None
+        raise OSError(f"{what}: {_first_line(causes[0])}") from error
+    except (MemoryError, torch.OutOfMemoryError):  # says nothing about the files
+        raise
+    except Exception as error:
+        raise OSError(f"{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 class SingleProcess:
@@ -114,18 +144,29 @@ class SingleProcess:
             self.parameters[name].copy_(value)
 
     def save_state(self, folder: Path) -> None:
-        """Write weights, Adam's moments and random state; every process must call this."""
+        """Write weights, Adam's moments and random state; every process must call this.
+
+        Raises:
+            OSError: they could not be written.
+        """
         state = training_state(self) | {f"random.{self.rank}": torch.get_rng_state()}
-        save_distributed(state, checkpoint_id=folder, no_dist=self.world_size == 1)
+        with plain_errors(f"{folder} could not be written"):
+            save_distributed(state, checkpoint_id=folder, no_dist=self.world_size == 1)
 
     def load_state(self, folder: Path, same_processes: bool, has_best: bool) -> None:
-        """Read what `save_state` wrote, even with a different number of processes; every process must call this."""
+        """Read what `save_state` wrote, even with a different number of processes; every process must call this.
+
+        Raises:
+            OSError: the library cannot read it; some of the state may have been read.
+        """
+        self.best = {}
         if has_best:
             self.keep_best()
         state = training_state(self)
         if same_processes:
             state[f"random.{self.rank}"] = torch.get_rng_state()
-        load_distributed(state, checkpoint_id=folder, no_dist=self.world_size == 1)  # in place, except for the random state
+        with plain_errors(f"{folder} could not be read"):
+            load_distributed(state, checkpoint_id=folder, no_dist=self.world_size == 1)  # in place, but for the random state
         if same_processes:
             torch.set_rng_state(state[f"random.{self.rank}"])
 

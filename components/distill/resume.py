@@ -1,26 +1,38 @@
 """Checkpoints from which a killed training run resumes: `torch.distributed.checkpoint` plus a manifest.
 
 A checkpoint is a folder `step-00000040` with the trained weights, Adam's moments, each process's random state, and
-`manifest.json`. The manifest is written last: a folder without one is incomplete and never read, whatever its date. Weights
+`manifest.json`. The manifest is written last: a folder without one is incomplete and never read, whatever its date. It has the
+size and checksum of every file, and its own checksum, so that a damaged checkpoint is found before any of it is used. Weights
 and moments are stored with their global shapes, so a different number of FSDP processes can resume from them. The library's
 own index is a pickle: resume only from folders that nobody else can write to.
 """
 
+import base64
+import contextlib
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import google_crc32c
 
 from components.core.files import write_json
+from components.core.locks import only_user
 from components.core.progress import log
 from components.core.reading import read_json
 from components.core.settings import EXECUTION, INPUT, OUTPUT, START, names_of
+from components.core.storage.base import Held
+from components.core.storage.listing import checksums
+from components.distill import launch
 from components.distill.backends import SingleProcess
 from components.distill.config import DistillConfig
 from components.distill.schedule import restore_schedule
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
+CHECKSUM = "crc32c"  # the manifest's key for its own checksum
 # a run may resume with other values of these; the contents of inputs are compared by fingerprint
 FREE_SETTINGS = names_of(DistillConfig, INPUT, OUTPUT, START, EXECUTION)
 
@@ -31,56 +43,118 @@ def identity(config: DistillConfig, inputs: Mapping[str, str], global_batch: int
     return {**inputs, "global_batch": global_batch, "settings": settings}
 
 
-def newest(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step, or None."""
-    complete = sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
-    return complete[-1] if complete else None
+class DamagedError(Exception):
+    """A checkpoint cannot be used; the message names file and fault."""
+
+
+@contextlib.contextmanager
+def claim(config: DistillConfig) -> Iterator[None]:
+    """Have `checkpoint_dir` alone for this run while the block runs; the first process does this for all.
+
+    Raises:
+        ValueError: another run uses it.
+    """
+    if not config.checkpoint_dir or not launch.is_main():
+        yield
+        return
+    with only_user("checkpoint_dir", Path(config.checkpoint_dir), f"output_dir {config.output_dir}"):
+        yield
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints, the oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
 
 
 def save(
     backend: SingleProcess, config: DistillConfig, step: int, identity: Mapping[str, Any], progress: dict[str, Any]
 ) -> None:
-    """Write a checkpoint and delete old ones; every process must call this."""
+    """Write a checkpoint and delete old ones; every process must call this.
+
+    Raises:
+        OSError: it could not be written; nothing of it is left, and the older ones are as they were.
+    """
     folder = Path(config.checkpoint_dir) / f"step-{step:08d}"
     if backend.rank == 0 and folder.exists():
-        shutil.rmtree(folder)  # left incomplete by a killed run
+        shutil.rmtree(folder)  # left incomplete by a killed run, or damaged
     backend.barrier()
-    backend.save_state(folder)
+    try:
+        backend.save_state(folder)
+        backend.barrier()  # the files of all processes are there
+        if backend.rank == 0:
+            content = {
+                "step": step,
+                "world_size": backend.world_size,
+                "form": backend.checkpoint_form,
+                "has_best": bool(backend.best),
+                "scaler": backend.scaler.state_dict(),
+                "identity": identity,
+                "progress": progress,
+                "files": {name: held._asdict() for name, held in checksums(files_of(folder)).items()},
+            }
+            write_json(folder / MANIFEST, content | {CHECKSUM: content_checksum(content)})
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     if backend.rank == 0:
-        manifest = {
-            "step": step,
-            "world_size": backend.world_size,
-            "form": backend.checkpoint_form,
-            "has_best": bool(backend.best),
-            "scaler": backend.scaler.state_dict(),
-            "identity": identity,
-            "progress": progress,
-        }
-        write_json(folder / MANIFEST, manifest)
-        all_steps = sorted(Path(config.checkpoint_dir).glob("step-*"))
-        complete = [path for path in all_steps if (path / MANIFEST).is_file()]
-        for old in set(all_steps) - set(complete[-config.keep_checkpoints :]):  # incomplete ones too
+        kept = [path for path in checkpoints(folder.parent) if path <= folder][-config.keep_checkpoints :]
+        for old in set(folder.parent.glob("step-*")) - set(kept):  # incomplete and damaged ones too
             shutil.rmtree(old, ignore_errors=True)
         log(f"checkpoint: {folder}")
     backend.barrier()
 
 
+def files_of(folder: Path) -> dict[str, Path]:
+    """Name → path of every file of a checkpoint but its manifest."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in files.items() if name != MANIFEST}
+
+
+def content_checksum(content: Mapping[str, Any]) -> str:
+    """CRC-32C of JSON data, in base64; the order of keys does not matter."""
+    return base64.b64encode(google_crc32c.Checksum(json.dumps(content, sort_keys=True).encode()).digest()).decode()
+
+
 def load(backend: SingleProcess, config: DistillConfig, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Resume from the newest complete checkpoint; every process must call this.
+    """Resume from the newest whole checkpoint, skipping damaged ones; every process must call this.
 
     Returns:
-        its manifest, or None if there is no checkpoint.
+        its manifest, or None if there is no whole checkpoint.
 
     Raises:
-        ValueError: the checkpoint belongs to another run (the first difference is named) or another backend, or is not on all
-            machines.
+        ValueError: the checkpoint belongs to another run (the first difference is named) or another backend, is not on all
+            machines, or is whole but cannot be read by the library, and there is no older one.
     """
-    folder = backend.from_first(newest(Path(config.checkpoint_dir)))
-    if folder is None:
-        return None
-    if backend.any(not (folder / MANIFEST).is_file()):
-        raise ValueError(f"checkpoint_dir must be a folder that all machines share, {folder} is not on all of them")
-    manifest: dict[str, Any] = read_json(folder / MANIFEST, dict[str, Any])
+    faults: list[Exception] = []
+    for folder in backend.from_first(checkpoints(Path(config.checkpoint_dir))[::-1]):
+        if backend.any(not folder.is_dir()):
+            raise ValueError(f"checkpoint_dir must be a folder that all machines share, {folder} is not on all of them")
+        try:
+            manifest = read_whole(backend, config, folder, identity)
+            backend.load_state(folder, manifest["world_size"] == backend.world_size, manifest["has_best"])
+        except (DamagedError, OSError) as error:
+            log(f"skipped a damaged checkpoint: {error}")
+            faults.append(error)
+            continue
+        restore_schedule(backend.optimizer, backend.schedule, manifest["step"])
+        backend.scaler.load_state_dict(manifest["scaler"])
+        log(f"resuming from {folder}")
+        return manifest
+    if unread := [fault for fault in faults if isinstance(fault, OSError)]:  # some of it may have been read over the weights
+        raise ValueError(f"checkpoint_dir must hold a checkpoint that can be read, or none: {unread[0]}")
+    if faults:
+        log(f"no checkpoint in {config.checkpoint_dir} is whole: training starts from the beginning")
+    return None
+
+
+def read_whole(backend: SingleProcess, config: DistillConfig, folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of a checkpoint that is whole and belongs to this run.
+
+    Raises:
+        DamagedError: it is not whole.
+        ValueError: it belongs to another run or backend.
+    """
+    manifest = on_first(backend, lambda: read_manifest(folder))
     if manifest["identity"] != dict(identity):
         raise ValueError(
             f"checkpoint_dir must hold checkpoints of this run, {folder} differs in {_difference(manifest, identity)}"
@@ -89,12 +163,46 @@ def load(backend: SingleProcess, config: DistillConfig, identity: Mapping[str, A
         raise ValueError(
             f"backend must read checkpoints of form {manifest['form']!r}, {config.backend} reads {backend.checkpoint_form!r}"
         )
-    backend.load_state(folder, manifest["world_size"] == backend.world_size, manifest["has_best"])
-    restore_schedule(backend.optimizer, backend.schedule, manifest["step"])
-    backend.scaler.load_state_dict(manifest["scaler"])
-    if backend.rank == 0:
-        log(f"resuming from {folder}")
+    on_first(backend, lambda: check_files(folder, manifest["files"]))
     return manifest
+
+
+def on_first(backend: SingleProcess, read: Callable[[], T]) -> T:
+    """What the first process reads, on all processes.
+
+    Raises:
+        DamagedError: on all of them, if reading raises ValueError or OSError.
+    """
+    found, fault = None, ""
+    if backend.rank == 0:
+        try:
+            found = read()
+        except (ValueError, OSError) as error:
+            fault = str(error)
+    found, fault = backend.from_first((found, fault))
+    if fault:
+        raise DamagedError(fault)
+    return found  # type: ignore[return-value]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a manifest. Raises ValueError unless it is as `save` wrote it; OSError if it cannot be read."""
+    manifest = read_json(folder / MANIFEST, dict[str, Any])
+    written = manifest.pop(CHECKSUM, None)
+    if written is None or written != content_checksum(manifest):
+        raise ValueError(f"{folder / MANIFEST} must be as it was written, its checksum differs")
+    return manifest
+
+
+def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that a checkpoint's files are as the manifest lists them. Raises ValueError, which names the first that is not."""
+    for name, held in files.items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != held["size"]:
+            raise ValueError(f"{folder / name} must have {held['size']} bytes, got {'no file' if size is None else size}")
+    for name, found in checksums({name: folder / name for name in files}).items():
+        if found != Held(**files[name]):
+            raise ValueError(f"{folder / name} must have the checksum {files[name]['crc32c']}, got {found.crc32c}")
 
 
 def _difference(manifest: dict[str, Any], identity: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len, empty_model
+from components.core.checkpoint.checks import check_checkpoint, check_dense, check_ids, check_seq_len, empty_model
 from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.checkpoint.loading import load_model, load_tokenizer
 from components.core.checkpoint.saving import save_checkpoint
@@ -30,11 +30,12 @@ from components.core.mask.prunable import check_mask
 from components.core.models import local_folder
 from components.core.progress import log, log_perplexity
 from components.core.tokens import count_overlaps, id_bytes, load_blocks
-from components.distill import launch
+from components.distill import launch, resume
 from components.distill.backends import Fsdp, SingleProcess
+from components.distill.cache import teacher_cache
 from components.distill.config import DistillConfig
 from components.distill.loop import Progress, Trainer, plan
-from components.distill.teacher import Teacher, cache_name
+from components.distill.teacher import Teacher
 from components.distill.with_deepspeed import DeepSpeed
 
 BACKENDS = {"none": SingleProcess, "fsdp": Fsdp, "deepspeed": DeepSpeed}
@@ -49,70 +50,69 @@ def run(config: DistillConfig) -> StageRecord:
     """
     config.check_environment()
     launch.end_with_launcher()
-    if config.launcher != "python" and not launch.started_already():
-        check_models(config, load_mask(config.mask_file), str(local_folder(config.teacher_model, parameter="teacher_model")))
-        launch.start(config)
-        return StageRecord.load(Path(config.output_dir) / stats_file("distill"))
-    device = launch.join(config)
-    try:
-        return train(config, device)
-    finally:
-        launch.leave()
-
-
-def train(config: DistillConfig, device: torch.device) -> StageRecord:
-    """This process's part of a run; the first process writes the result."""
-    watch = Stopwatch()
     mask = load_mask(config.mask_file)
     teacher_folder = local_folder(config.teacher_model, parameter="teacher_model")
     check_models(config, mask, str(teacher_folder))
+    if config.launcher != "python" and not launch.started_already():
+        with resume.claim(config):
+            pass  # a second run is refused here, in one line; the first of the processes then has the folder
+        launch.start(config)
+        return StageRecord.load(Path(config.output_dir) / stats_file("distill"))
+    with resume.claim(config):
+        device = launch.join(config)
+        try:
+            return train(config, mask, teacher_folder, device)
+        finally:
+            launch.leave()
+
+
+def train(config: DistillConfig, mask: Mask, teacher_folder: Path, device: torch.device) -> StageRecord:
+    """This process's part of a run; the first process writes the result."""
+    watch = Stopwatch()
     if config.no_mask:
         mask = Mask({name: torch.ones_like(kept) for name, kept in mask.tensors.items()}, sparsity=0.0)
     tokenizer = load_tokenizer(config.student_model, config.trust_remote_code)
     blocks = training_blocks(config, tokenizer)
+    model_config = check_checkpoint("student_model", config.student_model, config.trust_remote_code)
+    check_ids("train_data", blocks, model_config)
     evaluation, overlapping = None, 0
     if not config.skip_ppl_eval:
         evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
+        check_ids("eval_data", evaluation.ids, model_config)
         overlapping = count_overlaps("training", blocks, config.eval_data, evaluation.ids)
     dtype = pick_dtype(config.dtype, device)
     config = share_global_batch(config, launch.process_count())
     backend = BACKENDS[config.backend](config, device, dtype)
     _, total_steps = plan(len(blocks), config, backend.world_size)
 
-    student = load_model(config.student_model, torch.float32, device, config.trust_remote_code)
-    torch.manual_seed(config.seed + backend.rank)
-    if config.fail_on_sparse_violation:
-        enforce(integrity(dict(student.named_parameters()), mask, config.sparse_check_eps))
-    apply_mask(dict(student.named_parameters()), mask)
-    inputs = {
-        "mask": mask.fingerprint(),
-        "training text": text_of(blocks),
-        "teacher": sample_fingerprint(weight_files(teacher_folder)),
-        "student": sample_fingerprint(weight_files(Path(config.student_model))),
-    }
-    cached = config.teacher_cache == "always" or (config.teacher_cache == "auto" and config.epochs > 1)
-    cache = Path(f"{config.output_dir}.{cache_name(teacher_folder, blocks, dtype, device)}") if cached else None
-    teacher = Teacher(load_model(teacher_folder, dtype, device, config.trust_remote_code), blocks, cache)
-    backend.prepare(student, mask, total_steps)
-    trainer = Trainer(backend, teacher, blocks, evaluation.ids if evaluation else None, config, inputs)
-    result = StageRecord("distill", asdict(config), versions=versions(), details={"inputs": inputs})
-    history = read_history(config.student_model)
-    if evaluation:
-        text = evaluation.fingerprint()
-        known = known_perplexity(history, text)
-        result.measured |= {
-            "perplexity_before": trainer.evaluate() if known is None else known,
-            "perplexity_text": text,
-            "overlapping_eval_blocks": overlapping,
+    with teacher_cache(config, teacher_folder, blocks, dtype, backend) as cache:
+        student = load_model(config.student_model, torch.float32, device, config.trust_remote_code)
+        torch.manual_seed(config.seed + backend.rank)
+        if config.fail_on_sparse_violation:
+            enforce(integrity(dict(student.named_parameters()), mask, config.sparse_check_eps))
+        apply_mask(dict(student.named_parameters()), mask)
+        inputs = {
+            "mask": mask.fingerprint(),
+            "training text": text_of(blocks),
+            "teacher": sample_fingerprint(weight_files(teacher_folder)),
+            "student": sample_fingerprint(weight_files(Path(config.student_model))),
         }
-        if backend.rank == 0:
-            log_perplexity("finetune_start", result.measured["perplexity_before"])
-
-    try:
+        teacher = Teacher(load_model(teacher_folder, dtype, device, config.trust_remote_code), blocks, cache)
+        backend.prepare(student, mask, total_steps)
+        trainer = Trainer(backend, teacher, blocks, evaluation.ids if evaluation else None, config, inputs)
+        result = StageRecord("distill", asdict(config), versions=versions(), details={"inputs": inputs})
+        history = read_history(config.student_model)
+        if evaluation:
+            text = evaluation.fingerprint()
+            known = known_perplexity(history, text)
+            result.measured |= {
+                "perplexity_before": trainer.evaluate() if known is None else known,
+                "perplexity_text": text,
+                "overlapping_eval_blocks": overlapping,
+            }
+            if backend.rank == 0:
+                log_perplexity("finetune_start", result.measured["perplexity_before"])
         progress = trainer.fit()
-    finally:
-        if launch.is_first_here():
-            teacher.forget()
     weights = {name: weight.to(dtype) for name, weight in backend.full_weights().items()}
     result.sparse_integrity_check = integrity(weights, mask, config.sparse_check_eps)
     if config.fail_on_sparse_violation:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from components.distill.backends import SingleProcess, finite
+from components.distill.backends import SingleProcess, finite, plain_errors
 from components.distill.config import DistillConfig
 from components.distill.masking import mask_weights
 
@@ -68,19 +68,34 @@ class DeepSpeed(SingleProcess):
         return finite(self.engine.get_global_grad_norm() or None)  # ZeRO 0 does not report it
 
     def save_state(self, folder: Path) -> None:
-        """Write the engine's own format: its moments are flat partitions that fit only this number of processes."""
-        self.engine.save_checkpoint(str(folder), tag=ENGINE)
+        """Write the engine's own format: its moments are flat partitions that fit only this number of processes.
+
+        Raises:
+            OSError: this process could not write its part; the others wait until the launcher ends them.
+        """
+        with plain_errors(f"{folder} could not be written"):
+            self.engine.save_checkpoint(str(folder), tag=ENGINE)
 
     def load_state(self, folder: Path, same_processes: bool, has_best: bool) -> None:
         """Read what `save_state` wrote.
 
         Raises:
             ValueError: it was written by a different number of processes.
+            OSError: the engine cannot read it on every process; some of the state may have been read.
         """
         if not same_processes:
             raise ValueError(f"nproc_per_node must be as before to go on with backend deepspeed, got {self.world_size}")
         assert not has_best  # rejected by the settings
-        self.engine.load_checkpoint(str(folder), tag=ENGINE)
+        fault: OSError | None = None
+        try:
+            with plain_errors(f"{folder} could not be read"):
+                path, _ = self.engine.load_checkpoint(str(folder), tag=ENGINE)
+                if path is None:  # how the engine reports that there is nothing to read
+                    raise ValueError("the engine finds no checkpoint in it")
+        except OSError as error:
+            fault = error
+        if self.any(fault is not None):
+            raise fault or OSError(f"{folder} could not be read by another process")
 
 
 def deepspeed_settings(config: DistillConfig, compute_dtype: torch.dtype, world_size: int) -> dict[str, Any]:

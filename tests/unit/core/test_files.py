@@ -32,7 +32,7 @@ def test_directory_appears_whole_at_the_end(tmp_path):
     target = tmp_path / "deep" / "out"
     with new_directory(target) as scratch:
         (scratch / "a.txt").write_text("a")
-        assert scratch.parent == target.parent  # a sibling, so that the rename stays on one disk
+        assert scratch.parent.parent == target.parent  # beside it, so that the rename stays on one disk
         assert not target.exists()
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     assert (target / "a.txt").read_text() == "a"

@@ -18,7 +18,7 @@ from components.core.mask.integrity import integrity
 from components.core.mask.mask import load_mask
 from components.distill.config import DistillConfig
 from components.distill.launch import command
-from components.distill.resume import newest
+from components.distill.resume import checkpoints as complete
 from tests.conftest import save_pruned
 
 needs_deepspeed = pytest.mark.skipif(
@@ -190,9 +190,9 @@ def test_an_incomplete_checkpoint_is_never_read_and_old_ones_go(folder, corpus):
     more = (*checkpointed(folder, "count"), "--keep_checkpoints=2", "--batch_size=4")
     finished(start(folder, corpus, "count", *more))
     checkpoints = folder / "count.checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000015", "step-00000018"]
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-00000015", "step-00000018"]
     (checkpoints / "step-00000099").mkdir()
-    assert newest(checkpoints).name == "step-00000018"
+    assert complete(checkpoints)[-1].name == "step-00000018"
 
 
 def test_checkpoints_of_another_run_are_refused(folder, corpus):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from components.core.mask.mask import load_mask
+from components.distill.cache import Cache, cache_name
 from components.distill.stage import run, training_blocks
-from components.distill.teacher import Teacher, cache_name
+from components.distill.teacher import Teacher
 from tests.conftest import save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.distill.test_distill import pruned, settings, trainer  # noqa: F401 (a fixture)
 
@@ -22,7 +23,7 @@ def count_calls(teacher):
 
 
 def test_with_the_cache_the_teacher_reads_each_block_once(pruned, corpus, tmp_path):  # noqa: F811
-    run = trainer(pruned, corpus, tmp_path, cache=tmp_path / "cache", epochs=3, max_steps=0)
+    run = trainer(pruned, corpus, tmp_path, cache=Cache(tmp_path / "cache", (40, 32, 64)), epochs=3, max_steps=0)
     seen = count_calls(run.teacher)
     run.fit()
     assert sum(seen) == 40
@@ -31,7 +32,7 @@ def test_with_the_cache_the_teacher_reads_each_block_once(pruned, corpus, tmp_pa
 
 def test_the_cache_changes_no_loss_beyond_its_rounding(pruned, corpus, tmp_path):  # noqa: F811
     plain = trainer(pruned, corpus, tmp_path, epochs=2, max_steps=0).fit()
-    cached = trainer(pruned, corpus, tmp_path, cache=tmp_path / "cache", epochs=2, max_steps=0).fit()
+    cached = trainer(pruned, corpus, tmp_path, cache=Cache(tmp_path / "cache", (40, 32, 64)), epochs=2, max_steps=0).fit()
     for left, right in zip(plain.steps, cached.steps, strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=2e-3)
 
@@ -39,16 +40,17 @@ def test_the_cache_changes_no_loss_beyond_its_rounding(pruned, corpus, tmp_path)
 def test_cached_states_are_the_teachers_rounded_and_the_same_each_time(tmp_path):
     blocks = torch.randint(256, (5, 16), generator=torch.Generator().manual_seed(0))
     model = tiny_model("qwen3", tied=True)
-    plain, cached = Teacher(model, blocks, None), Teacher(model, blocks, tmp_path / "cache")
+    cache = Cache(tmp_path / "cache", (5, 16, 64))
+    plain, cached = Teacher(model, blocks, None), Teacher(model, blocks, cache)
     rows = torch.tensor([3, 1])
     first, second = cached.hidden(rows), cached.hidden(rows)
     assert torch.equal(first, second)
     assert torch.equal(first, plain.hidden(rows).to(torch.bfloat16).float())
-    another = Teacher(model, blocks, tmp_path / "cache")  # like another process on the same machine
+    another = Teacher(model, blocks, Cache(tmp_path / "cache", (5, 16, 64)))  # like another process on the same machine
     seen = count_calls(another)
     assert torch.equal(another.hidden(rows), first)
     assert not seen
-    cached.forget()
+    cache.remove()
     assert not (tmp_path / "cache").exists()
 
 

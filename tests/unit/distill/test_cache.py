@@ -1,0 +1,140 @@
+"""The teacher cache's space is reserved and checked, and what a killed run left is used again or removed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from components.distill import cache as module
+from components.distill.cache import STATES, Cache, cache_bytes, remove_caches
+from components.distill.stage import run
+from components.distill.teacher import Teacher
+from tests.conftest import tiny_model
+from tests.unit.distill.test_distill import pruned, settings  # noqa: F401 (a fixture)
+
+SHAPE = (5, 16, 64)
+ROOT = Path(__file__).parents[3]
+USE = """
+import sys, time
+from pathlib import Path
+from components.distill.cache import Cache
+cache = Cache(Path(sys.argv[1]), (5, 16, 64))
+cache.known[:] = 1
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 128 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", place], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"only root may mount a small disk: {error}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.fixture
+def user():
+    """A function that starts a process with a cache in a folder."""
+    started = []
+
+    def start(folder):
+        process = subprocess.Popen([sys.executable, "-c", USE, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate(timeout=20)
+
+
+def test_the_whole_space_is_reserved_before_anything_is_written(tmp_path):
+    Cache(tmp_path / "cache", SHAPE)
+    stat = (tmp_path / "cache" / STATES).stat()
+    assert stat.st_size == cache_bytes(SHAPE) == 5 * (16 * 64 * 2 + 1)
+    assert stat.st_blocks * 512 >= stat.st_size
+
+
+def test_a_disk_that_is_too_small_refuses_the_cache_and_keeps_nothing_of_it(small_disk):
+    with pytest.raises(ValueError, match=r"teacher_cache must have 0\.02 GB of disk at .*: .*No space left on device"):
+        Cache(small_disk / "out.teacher-0123456789ab", (100, 128, 640))
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, cache_bytes(SHAPE) // 2, cache_bytes(SHAPE) + 1])
+def test_a_cache_of_another_size_is_made_anew(tmp_path, size):
+    """Behind the end of a mapped file, every read would kill the process."""
+    blocks = torch.randint(256, SHAPE[:2], generator=torch.Generator().manual_seed(0))
+    model = tiny_model("qwen3", tied=True)
+    rows = torch.arange(5)
+    wanted = Teacher(model, blocks, Cache(tmp_path / "cache", SHAPE)).hidden(rows)
+    os.truncate(tmp_path / "cache" / STATES, size)
+    cache = Cache(tmp_path / "cache", SHAPE)
+    assert not cache.known.any()
+    assert torch.equal(Teacher(model, blocks, cache).hidden(rows), wanted)
+
+
+def test_what_a_killed_run_left_is_used_again_and_room_is_asked_for_only_once(tmp_path, user):
+    assert module.missing_bytes(tmp_path / "cache", SHAPE) == cache_bytes(SHAPE)
+    process = user(tmp_path / "cache")
+    process.kill()
+    process.wait(20)
+    assert module.missing_bytes(tmp_path / "cache", SHAPE) == 0
+    assert Cache(tmp_path / "cache", SHAPE).known.all()
+
+
+def test_caches_of_other_settings_are_removed_once_their_runs_are_dead(tmp_path, user):
+    names = [f"out.teacher-{number:012x}" for number in range(3)]
+    alive, dead = (user(tmp_path / name) for name in names[:2])
+    dead.kill()
+    dead.wait(20)
+    for name in (names[2], "out", "out.teacher-mine", "other.teacher-000000000000"):
+        (tmp_path / name).mkdir()
+    remove_caches(tmp_path / "out", keep=tmp_path / names[2])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {names[0], names[2], "out", "out.teacher-mine", "other.teacher-000000000000"}
+    alive.kill()
+    alive.wait(20)
+    remove_caches(tmp_path / "out", keep=None)
+    assert left - {path.name for path in tmp_path.iterdir()} == {names[0], names[2]}
+
+
+def test_a_run_removes_the_cache_of_a_killed_run_of_other_settings(pruned, corpus, tmp_path):  # noqa: F811
+    left = tmp_path / "out.teacher-0123456789ab"
+    left.mkdir()
+    (left / "hidden.bf16").touch()
+    run(settings(pruned, corpus, tmp_path / "out", teacher_cache="never", max_steps=1, skip_ppl_eval=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_model_and_cache_must_have_room_together_before_any_weights_are_read(pruned, corpus, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("components.distill.stage.load_model", lambda *_: 1 / 0)
+    monkeypatch.setattr(module, "weight_bytes", lambda _: 10**15)
+    monkeypatch.setattr(module, "cache_bytes", lambda _: 5 * 10**14)
+    with pytest.raises(
+        ValueError, match=r"output_dir needs about 1500000\.00 GB of disk, 500000\.00 GB of it for teacher_cache,"
+    ):
+        run(settings(pruned, corpus, tmp_path / "out", teacher_cache="always"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["load_model", "Teacher", "Trainer"])
+def test_a_run_that_is_stopped_while_it_loads_leaves_no_cache(pruned, corpus, tmp_path, monkeypatch, part):  # noqa: F811
+    def stopped(*_):
+        assert len(list(tmp_path.iterdir())) == 1
+        raise SystemExit(143)
+
+    monkeypatch.setattr(f"components.distill.stage.{part}", stopped)
+    with pytest.raises(SystemExit):
+        run(settings(pruned, corpus, tmp_path / "out", teacher_cache="always"))
+    assert list(tmp_path.iterdir()) == []
