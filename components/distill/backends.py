@@ -7,6 +7,7 @@ next all-gather would otherwise write old values back.
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +36,9 @@ def finite(norm: Any) -> float | None:
 
 @contextlib.contextmanager
 def plain_errors(what: str) -> Iterator[None]:
-    """Turn whatever a library raises at a checkpoint into an OSError of one line; the end of the program stays what it is.
+    """Turn whatever a library raises at a checkpoint into an OSError of one line, and keep its warnings quiet.
+
+    The end of the program stays what it is.
 
     Args:
         what: the start of the message.
@@ -44,7 +47,8 @@ def plain_errors(what: str) -> Iterator[None]:
         OSError: the library failed, because of a full disk or a damaged file, for instance.
     """
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):  # such as the one that there is one process alone
+            yield
     except CheckpointException as error:  # holds what each process raised, SystemExit too
         causes = [cause for cause, _ in error.failures.values()]
         if ends := [cause for cause in causes if not isinstance(cause, Exception)]:
