@@ -14,7 +14,7 @@ import pytest
 GCS_SERVER = Path(__file__).with_name("gcs_server.py")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def servers(tmp_path_factory):
     """The address of each server; each has one bucket, `bucket`."""
     import s3fs

@@ -9,9 +9,6 @@ import pytest
 from components.core.history import StageRecord
 from components.report.config import ReportConfig
 from components.report.stage import run as report
-from tests.stores import connect, servers
-
-__all__ = ["connect", "servers"]
 
 TEXT = "f" * 64
 DENSE, INT8, FP8 = 20.0, 41.25, 42.5
