@@ -13,6 +13,7 @@ from components.core.checkpoint.files import weight_bytes
 from components.core.checkpoint.loading import load_model, load_tokenizer
 from components.core.checkpoint.saving import save_checkpoint
 from components.core.device import pick_device, pick_dtype
+from components.core.errors import readable
 from components.core.files import check_new, new_directory
 from components.core.history import StageRecord, Stopwatch, read_history, versions, write_history
 from components.core.mask.integrity import enforce, integrity
@@ -58,7 +59,8 @@ def run(config: QuantizeConfig) -> StageRecord:
     with new_directory(config.output_dir) as scratch:
         save_checkpoint(engine.quantize(model, config.format, head_name(model)), tokenizer, scratch)
         del model
-        quantized = load_model(scratch, dtype, cpu, config.trust_remote_code)
+        with readable(f"model_dir {config.model_dir} must be a model that loads again when it is quantized"):
+            quantized = load_model(scratch, dtype, cpu, config.trust_remote_code)
         data = {name: engine.stored(quantized.get_submodule(name.removesuffix(".weight"))) for name in mask.tensors}
         result.sparse_integrity_check = integrity(data, mask)
         enforce(result.sparse_integrity_check)

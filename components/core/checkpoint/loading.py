@@ -63,7 +63,8 @@ def _load_quanto(folder: Path, config: Any) -> Any:
 
     with readable(f"{folder} must hold weights that optimum-quanto can load"):
         model = QuantizedModelForCausalLM.from_pretrained(folder)._wrapped
-    stored = stored_shapes(folder).keys()
+    shapes = stored_shapes(folder)
+    stored = shapes.keys()
     tensors = model.state_dict(keep_vars=True)
     names_of: dict[int, set[str]] = defaultdict(set)  # tied weights, which are stored once, are one tensor
     for name, tensor in tensors.items():
@@ -73,6 +74,8 @@ def _load_quanto(folder: Path, config: Any) -> Any:
     expected = dict(empty_model(config).named_parameters())
     for name, parameter in model.named_parameters():
         _check_shape(folder, name, parameter.shape, expected[name].shape)
+        if f"{name}._data" in shapes:  # the parameter would have the shape that it should have, whatever is stored
+            _check_shape(folder, f"{name}._data", shapes[f"{name}._data"], expected[name].shape)
     return model
 
 

@@ -87,13 +87,13 @@ DAMAGES = {
     "a file is shorter": (truncate, r"\.distcp must have \d+ bytes, got \d+"),
     "a bit is flipped": (flip, r"\.distcp must have the checksum "),
     "the index is missing": (lambda step: (step / ".metadata").unlink(), r"\.metadata must have \d+ bytes, got no file"),
-    "empty manifest": (lambda step: (step / resume.MANIFEST).write_text(""), r"manifest\.json must be a JSON file"),
-    "not text": (lambda step: (step / resume.MANIFEST).write_bytes(b"\xff"), r"manifest\.json must be a JSON file"),
-    "a list": (lambda step: (step / resume.MANIFEST).write_text("[]"), r"manifest\.json must be as it was written"),
+    "empty manifest": (lambda step: (step / resume.MANIFEST).write_text(""), r"manifest\.json must be JSON"),
+    "not text": (lambda step: (step / resume.MANIFEST).write_bytes(b"\xff"), r"manifest\.json must be JSON"),
+    "a list": (lambda step: (step / resume.MANIFEST).write_text("[]"), r"manifest\.json must be JSON of its form"),
     "wrong types": (lambda step: change(step, files=[1], progress=None, form=6), r"manifest\.json must be as it was written"),
     "another number": (lambda step: change(step, world_size=3), r"manifest\.json must be as it was written"),
     "of before checksums": (lambda step: change(step, crc32c=None), r"manifest\.json must be as it was written"),
-    "a folder": (make_folder_of_manifest, r"Is a directory: .*manifest\.json"),
+    "a folder": (make_folder_of_manifest, r"manifest\.json must be an ordinary file"),
 }
 
 
