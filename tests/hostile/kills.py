@@ -170,7 +170,7 @@ def _run_case(lab: Lab, number: signal.Signals, moment: float) -> Case:
         second = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
         if second.returncode:
             return f"then exit code {second.returncode}: {second.stdout[-300:]}{second.stderr[-500:]!r}"
-        (distilled,) = (place / "run").glob("distill-*/distilled_model")
+        (distilled,) = (place / "run").glob("distill-*/*/distilled_model")
         return wrong(lab, "distill", distilled, {}) or leftovers(place / "tmp")
 
     return Case(f"run.py: {number.name} after {moment:.1f} s", run)
