@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from components.core.checkpoint.checks import check_checkpoint, check_seq_len
 from components.core.checkpoint.files import weight_bytes
-from components.core.checkpoint.loading import load_model, load_tokenizer
+from components.core.checkpoint.loading import empty_model, load_model, load_tokenizer
 from components.core.device import pick_device, pick_dtype
 from components.core.history import StageRecord, Stopwatch, versions
 from components.core.perplexity import perplexity
@@ -23,12 +23,13 @@ def run(config: EvaluateConfig) -> StageRecord:
     config.check_environment()
     device = pick_device()
     model_config = check_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
+    empty_model("model_dir", model_config, config.trust_remote_code)  # can it be built?
     check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
     tokenizer = load_tokenizer(config.model_dir, config.trust_remote_code)
     blocks = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
     model = load_model(config.model_dir, pick_dtype(config.dtype, device), device, config.trust_remote_code)
     result = StageRecord("evaluate", asdict(config), versions=versions())
-    result.measured["perplexity"] = perplexity(model, blocks.ids)
+    result.measured["perplexity"] = perplexity(model, blocks.ids, "model_dir")
     log_perplexity("perplexity", result.measured["perplexity"])
     result.measured |= {
         "perplexity_text": blocks.fingerprint(),

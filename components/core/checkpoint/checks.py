@@ -36,5 +36,5 @@ def check_dense(parameter: str, path: str | Path, config: Any) -> None:
 def check_seq_len(parameter: str, seq_len: int, config: Any) -> None:
     """Raise `ValueError` if `seq_len` is larger than the model's number of positions."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and seq_len > positions:
+    if positions is not None and 0 < positions < seq_len:  # XLNet has -1: any number
         raise ValueError(f"{parameter} must be at most the model's {positions} positions, got {seq_len}")

@@ -13,9 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 from components.core.checkpoint.checks import check_checkpoint
 from components.core.checkpoint.files import QUANTO_FILE, stored_names
+from components.core.errors import readable
 from components.core.progress import quiet_bars
 
 transformers_logging.disable_progress_bar()  # a pod's log should not contain control characters
+transformers_logging.set_verbosity_error()  # what its warnings are about is checked, and an error is one line
 
 
 def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -113,8 +115,12 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """Build a model from its configuration without allocating its weights, to inspect names and shapes."""
-    with torch.device("meta"):
+def empty_model(parameter: str, config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """Build a model from its configuration without allocating its weights, to inspect names and shapes.
+
+    Raises:
+        ValueError: transformers cannot build it.
+    """
+    with readable(f"{parameter} must have a config.json from which a model can be built"), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model
