@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from components.core.corpus import check_corpus
+from components.core.errors import shown
 from components.core.models import SMOLLM2, check_model_id
 from components.images import VERSION
 from pipelines.checks import check_parameters
@@ -58,10 +59,10 @@ def read_package(pipeline: str, cache: bool = True) -> Package:
     Raises:
         ValueError: there is no such pipeline, or the file is not a compiled pipeline.
     """
-    path = Path(pipeline) if pipeline.endswith((".yaml", ".yml")) else COMPILED / f"{pipeline}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(found.stem for found in COMPILED.glob("*.yaml")))
-        raise ValueError(f"pipeline must be {names} or an existing YAML file, got {pipeline!r}")
+    compiled = dict(sorted((found.stem, found) for found in COMPILED.glob("*.yaml")))
+    path = Path(pipeline) if pipeline.endswith((".yaml", ".yml")) else compiled.get(pipeline)
+    if not path or not path.is_file():
+        raise ValueError(f"pipeline must be {', '.join(compiled)} or an existing YAML file, got {shown(pipeline)}")
     content = path.read_bytes()
     try:
         spec, *platform = yaml.safe_load_all(content)
@@ -100,7 +101,7 @@ def read_parameters(package: Package, params: str, assignments: list[str]) -> di
     for assignment in assignments:
         name, sign, text = assignment.partition("=")
         if not sign:
-            raise ValueError(f"set must be name=value, got {assignment!r}")
+            raise ValueError(f"set must be name=value, got {shown(assignment)}")
         given[name] = text
     for name in given:
         if name not in package.parameters:
@@ -121,9 +122,11 @@ def read_parameters(package: Package, params: str, assignments: list[str]) -> di
 
 
 def _read_file(params: str) -> dict[str, Any]:
+    if Path(params).exists() and not Path(params).is_file():  # a device or a pipe might never end
+        raise ValueError(f"params must be a YAML file, got {shown(params)}")
     try:
         found = yaml.safe_load(Path(params).read_bytes())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"params must be a YAML file: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"params must map parameters to values, got {type(found).__name__} in {params}")
@@ -132,7 +135,7 @@ def _read_file(params: str) -> dict[str, Any]:
 
 def _typed(name: str, definition: dict[str, Any], value: Any) -> Any:
     what, classes, parse = TYPES[definition["parameterType"]]
-    wrong = ValueError(f"{name} must be {what}, got {value!r}")
+    wrong = ValueError(f"{name} must be {what}, got {shown(value)}")
     if isinstance(value, str):  # a flag, or a number that YAML reads as text, such as 2e-5
         try:
             value = parse(value)

@@ -16,9 +16,10 @@ from kfp import local
 from rich.console import Console
 from rich.table import Table
 
-from components.core.cli import fail, parse
+from components.core.cli import errors_in_one_line, fail, parse
 from components.core.files import check_new, read_json
 from components.core.history import REPORT_PAGE, REPORT_SUMMARY
+from components.core.settings import naming
 from pipelines.checks import check_parameters
 from pipelines.compress import MODEL_ID, compress
 from pipelines.parameters import GROUPS, parameters
@@ -37,7 +38,9 @@ def settings_class() -> type:
         made: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
         assert default is not inspect.Parameter.empty
         fields.append((parameter.name, parameter.type, field(**made, metadata={"help": parameter.help})))
-    return make_dataclass("Compress", fields, frozen=True, kw_only=True)
+    made_class = make_dataclass("Compress", fields, frozen=True, kw_only=True)
+    made_class.__module__ = "builtins"  # it has no source, which would be looked for at length for each field
+    return made_class
 
 
 def show(summary: Path, log_file: Path) -> None:
@@ -69,14 +72,12 @@ def main() -> None:
     settings = parse(settings_class(), "Prune, distil and quantize a language model on this machine.")
     values = {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(settings)}
     run_dir = Path(values.pop("run_dir") or f"runs/{datetime.now():%Y%m%d-%H%M%S}").absolute()
-    try:
+    with errors_in_one_line(), naming(settings):
         check_new("run_dir", run_dir)
         check_parameters(HERE, values, on_this_machine=True)
-    except ValueError as error:
-        fail(error)
-    for name in ("model_id", "train_data", "eval_data"):  # a stage may run in another working directory
-        if Path(values[name]).exists():
-            values[name] = str(Path(values[name]).absolute())
+        for name in ("model_id", "train_data", "eval_data"):  # a stage may run in another working directory
+            if Path(values[name]).exists():
+                values[name] = str(Path(values[name]).absolute())
     warnings.filterwarnings("ignore", module=r"kfp\.local")  # its warnings about pods do not apply here
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(run_dir))
     log_file = run_dir / "run.log"

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from components.core.errors import shown
 from components.core.files import new_directory, stat_fingerprint
 from components.core.history import read_history
 from components.core.hub import hub_errors
@@ -29,12 +30,12 @@ def check_model_id(parameter: str, model_id: str) -> None:
         ValueError: the id is empty or malformed, an unknown `builtin:`, or a path that does not exist.
     """
     if model_id.startswith("builtin:") and model_id != SMOLLM2:
-        raise ValueError(f"{parameter} must be {SMOLLM2}, a hub id or a folder, got {model_id!r}")
+        raise ValueError(f"{parameter} must be {SMOLLM2}, a hub id or a folder, got {shown(model_id)}")
     if model_id == SMOLLM2 or (model_id and Path(model_id).is_dir()):
         return
     name = model_id.partition("@")[0]
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or any(sign.isspace() for sign in name):
-        raise ValueError(f"{parameter} must be an existing folder or a hub id 'owner/name[@revision]', got {model_id!r}")
+        raise ValueError(f"{parameter} must be an existing folder or a hub id 'owner/name[@revision]', got {shown(model_id)}")
 
 
 def resolve_model(model_id: str, parameter: str = "model_id") -> tuple[str, str]:

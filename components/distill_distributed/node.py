@@ -6,17 +6,22 @@ others wait until it is complete, since an elastic job counts as succeeded, and 
 
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from components.core import storage
-from components.core.cli import fail, parse, stop_at_sigterm
+from components.core.cli import errors_in_one_line, parse, stop_at_sigterm
+from components.core.errors import readable, shown
 from components.core.process import run_to_end
 from components.core.progress import log
+from components.core.settings import naming
+from components.core.storage import check_place
 
 RESULT_PATIENCE = 3600.0  # seconds that a node without a result waits for the one that writes it
 POLL_SECONDS = 2.0
@@ -25,6 +30,7 @@ UPLOAD_TRIES, UPLOAD_PAUSE = 5, 30.0  # the pause between tries is in seconds
 # looks every three seconds, has read why it failed
 LAST_WORDS = 7.0
 STOPPED = 128 + signal.SIGTERM
+NAME = re.compile(r"\w+")  # of an input: the parameter that gives it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,19 @@ class NodeConfig:
     """Parameter of components.distill → name under inputs/, as a JSON object; parameters may share a name."""
     flags: str
     """All other flags of components.distill, as a JSON list."""
+
+    def __post_init__(self) -> None:
+        check_place("place", self.place)
+        inputs, flags = _parsed("inputs", self.inputs), _parsed("flags", self.flags)
+        if not isinstance(inputs, dict) or not all(isinstance(name, str) and NAME.fullmatch(name) for name in inputs.values()):
+            raise ValueError(f"inputs must map parameters to names, got {shown(self.inputs)}")
+        if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
+            raise ValueError(f"flags must be a list of strings, got {shown(self.flags)}")
+
+
+def _parsed(parameter: str, text: str) -> Any:
+    with readable(f"{parameter} must be JSON, got {shown(text)}"):
+        return json.loads(text)
 
 
 def run(config: NodeConfig) -> None:
@@ -85,10 +104,8 @@ def main() -> None:
     stop_at_sigterm()
     config = parse(NodeConfig, "One node of a distillation job.")
     try:
-        try:
+        with errors_in_one_line(), naming(config):
             run(config)
-        except (ValueError, OSError) as error:
-            fail(error)
     except SystemExit as end:
         if end.code != STOPPED:
             time.sleep(LAST_WORDS)
