@@ -21,7 +21,7 @@ from simple_parsing.helpers import field as flag
 from urllib3.exceptions import HTTPError, MaxRetryError
 
 from components.core.checks import check_not_empty
-from components.core.errors import shown
+from components.core.errors import VALUE, one_line
 from components.core.progress import log
 from pipelines.package import Package
 
@@ -106,7 +106,7 @@ def plain_errors(host: str) -> Iterator[None]:
     except HTTPError as error:
         reason = error.reason if isinstance(error, MaxRetryError) else error
         raise ValueError(
-            f"host must be a KFP API that can be reached, got {shown(host) if host else 'none'}: {reason}"
+            f"host must be a KFP API that can be reached, got {one_line(host, VALUE) or 'none'}: {reason}"
         ) from None
 
 

@@ -100,7 +100,7 @@ def read_parameters(package: Package, params: str, assignments: list[str]) -> di
     given = _read_file(params) if params else {}
     for assignment in assignments:
         name, sign, text = assignment.partition("=")
-        if not sign:
+        if not sign or not name:
             raise ValueError(f"set must be name=value, got {shown(assignment)}")
         given[name] = text
     for name in given:

@@ -53,23 +53,24 @@ def naming(settings: Any) -> Iterator[None]:
     """Name the setting that an error of the operating system is about, such as a closed folder or a name that is too long.
 
     Raises:
-        ValueError: in place of an error about a path that a setting gives, or that lies in it.
+        ValueError: in place of an error about a path that a setting gives, or one in it or above it.
     """
     try:
         yield
     except OSError as error:
-        if not isinstance(error.filename, str):
+        if not isinstance(error.filename, str) or error.filename2:  # a copy tells both paths
             raise
         where = Path(error.filename).absolute()
         concerned: dict[Path, str] = {}
         for entry in dataclasses.fields(settings):
             value = getattr(settings, entry.name)
             texts = [text for text in (value if isinstance(value, list) else [value]) if text and isinstance(text, str)]
-            paths = [path for path in map(Path.absolute, map(Path, texts)) if where.is_relative_to(path)]
-            concerned |= dict.fromkeys(paths, entry.name)
+            paths = [Path(text).absolute() for text in texts]
+            related = [path for path in paths if where.is_relative_to(path) or path.is_relative_to(where)]
+            concerned |= dict.fromkeys(related, entry.name)
         if not concerned:
             raise
-        name = concerned[max(concerned, key=lambda path: len(path.parts))]
+        name = concerned[max(concerned, key=lambda path: (where.is_relative_to(path), len(path.parts)))]
         raise ValueError(f"{name} cannot be used: {error.strerror}, {shown(error.filename)}") from error
 
 

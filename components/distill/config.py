@@ -201,9 +201,9 @@ class DistillConfig(DistillSettings):
         """Check the folders that are written to while training: at its end, output_dir must still be free."""
         for parameter in ("checkpoint_dir", "tensorboard_dir"):
             if folder := getattr(self, parameter):
+                check_folder(parameter, folder)
                 if Path(folder).resolve().is_relative_to(Path(self.output_dir).resolve()):
                     raise ValueError(f"{parameter} must lie outside output_dir {self.output_dir}, got {folder}")
-                check_folder(parameter, folder)
 
     def flags(self, leave_out: Collection[str] = ()) -> list[str]:
         """The settings as command-line flags of this stage; empty settings are omitted too."""

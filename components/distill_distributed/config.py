@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.checks import check_at_least, check_not_empty, check_one_of
-from components.core.errors import shown
+from components.core.errors import VALUE, one_line
 from components.core.settings import EXECUTION, START
 from components.core.storage import check_place
 from components.distill.config import NOT_IN_PIPELINES as NOT_IN_COMPRESS
@@ -134,9 +134,9 @@ class DistillDistributedConfig(JobSettings, DistillConfig):
         try:
             settings = json.loads(self.pod)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"pod must be a JSON object: {error}, got {shown(self.pod)}") from error
+            raise ValueError(f"pod must be a JSON object: {error}, got {one_line(self.pod, VALUE)}") from error
         if not isinstance(settings, dict):
-            raise ValueError(f"pod must be a JSON object, got {shown(self.pod)}")
+            raise ValueError(f"pod must be a JSON object, got {one_line(self.pod, VALUE)}")
         for name in settings.keys() - set(POD_SETTINGS):
             raise ValueError(f"pod must have settings among {', '.join(POD_SETTINGS)}, got {name}")
         return {name: value for name, value in settings.items() if value}

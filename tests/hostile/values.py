@@ -215,6 +215,8 @@ def _judge(ended: Ended, parameter: str, value: Any) -> str | None:
     names = [parameter, *RELATED.get(parameter.rpartition("_")[2], ())]
     if isinstance(value, str) and 2 < len(value) < 100:
         names.append(value)  # what is wrong with a file is told by its name
+    if isinstance(value, list):  # of which each element may be refused by a name of its own
+        names = []
     return refusal(ended, *names)
 
 
