@@ -21,6 +21,7 @@ from simple_parsing.helpers import field as flag
 from urllib3.exceptions import HTTPError, MaxRetryError
 
 from components.core.checks import check_not_empty
+from components.core.errors import VALUE, one_line
 from components.core.progress import log
 from pipelines.package import Package
 
@@ -104,7 +105,9 @@ def plain_errors(host: str) -> Iterator[None]:
         raise ValueError(_explain(error)) from None  # the chained error would print headers and body
     except HTTPError as error:
         reason = error.reason if isinstance(error, MaxRetryError) else error
-        raise ValueError(f"host must be a KFP API that can be reached, got {host or 'none'}: {reason}") from None
+        raise ValueError(
+            f"host must be a KFP API that can be reached, got {one_line(host, VALUE) or 'none'}: {reason}"
+        ) from None
 
 
 def _explain(error: ApiException) -> str:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from components.core.settings import naming
 from pipelines.parameters import Group
 
 
@@ -27,7 +28,8 @@ def check_parameters(groups: Iterable[Group], values: Mapping[str, Any], on_this
         with _named_as_in_the_pipeline(names):
             settings = group.settings(**given)
             if on_this_machine:
-                settings.check_environment()
+                with naming(settings):
+                    settings.check_environment()
     _check_across_stages(values)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from components.core.corpus import check_corpus
+from components.core.errors import shown
 from components.core.models import SMOLLM2, check_model_id
 from components.core.reading import read_limited
 from components.images import VERSION
@@ -59,10 +60,10 @@ def read_package(pipeline: str, cache: bool = True) -> Package:
     Raises:
         ValueError: there is no such pipeline, or the file is not a compiled pipeline.
     """
-    path = Path(pipeline) if pipeline.endswith((".yaml", ".yml")) else COMPILED / f"{pipeline}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(found.stem for found in COMPILED.glob("*.yaml")))
-        raise ValueError(f"pipeline must be {names} or an existing YAML file, got {pipeline!r}")
+    compiled = dict(sorted((found.stem, found) for found in COMPILED.glob("*.yaml")))
+    path = Path(pipeline) if pipeline.endswith((".yaml", ".yml")) else compiled.get(pipeline)
+    if not path or not path.is_file():
+        raise ValueError(f"pipeline must be {', '.join(compiled)} or an existing YAML file, got {shown(pipeline)}")
     try:
         content = read_limited(path)
         spec, *platform = yaml.safe_load_all(content)
@@ -100,8 +101,8 @@ def read_parameters(package: Package, params: str, assignments: list[str]) -> di
     given = _read_file(params) if params else {}
     for assignment in assignments:
         name, sign, text = assignment.partition("=")
-        if not sign:
-            raise ValueError(f"set must be name=value, got {assignment!r}")
+        if not sign or not name:
+            raise ValueError(f"set must be name=value, got {shown(assignment)}")
         given[name] = text
     for name in given:
         if name not in package.parameters:
@@ -133,7 +134,7 @@ def _read_file(params: str) -> dict[str, Any]:
 
 def _typed(name: str, definition: dict[str, Any], value: Any) -> Any:
     what, classes, parse = TYPES[definition["parameterType"]]
-    wrong = ValueError(f"{name} must be {what}, got {value!r}")
+    wrong = ValueError(f"{name} must be {what}, got {shown(value)}")
     if isinstance(value, str):  # a flag, or a number that YAML reads as text, such as 2e-5
         try:
             value = parse(value)

@@ -18,9 +18,10 @@ from kfp import local
 from rich.console import Console
 from rich.table import Table
 
-from components.core.cli import fail, parse, stop_at_sigterm
+from components.core.cli import errors_in_one_line, fail, parse, stop_at_sigterm
 from components.core.history import REPORT_PAGE, REPORT_SUMMARY
 from components.core.reading import read_json
+from components.core.settings import naming
 from pipelines.checks import check_parameters
 from pipelines.compress import MODEL_ID, compress
 from pipelines.local_stages import LocalStages
@@ -46,7 +47,9 @@ def settings_class() -> type:
         made: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
         assert default is not inspect.Parameter.empty
         fields.append((parameter.name, parameter.type, field(**made, metadata={"help": parameter.help})))
-    return make_dataclass("Compress", fields, frozen=True, kw_only=True)
+    made_class = make_dataclass("Compress", fields, frozen=True, kw_only=True)
+    made_class.__module__ = "builtins"  # it has no source, which would be looked for at length for each field
+    return made_class
 
 
 def show(summary: Path, log_file: Path) -> None:
@@ -79,15 +82,16 @@ def main() -> None:
     values = {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(settings)}
     stop_at_sigterm()
     run_dir = Path(values.pop("run_dir") or f"runs/{datetime.now():%Y%m%d-%H%M%S}").absolute()
-    try:
+    with errors_in_one_line(), naming(settings):
         check_run_dir(run_dir)
         check_parameters(HERE, values, on_this_machine=True)
         for name in ("model_id", "train_data", "eval_data"):  # a stage may run in another working directory
             if Path(values[name]).exists():
                 values[name] = str(Path(values[name]).absolute())
-        with used_alone(run_dir) as lock:
+    try:
+        with errors_in_one_line(), used_alone(run_dir) as lock:
             summary = run(run_dir, lock, values)
-    except (ValueError, OSError, RuntimeError) as error:
+    except RuntimeError as error:
         fail(error)
     except KeyboardInterrupt:  # before the stages
         raise SystemExit(128 + signal.SIGINT) from None

@@ -11,8 +11,9 @@ from kfp.client import Client
 from simple_parsing import subparsers
 
 from components.core.checks import check_at_least, check_not_empty
-from components.core.cli import fail, parse
+from components.core.cli import errors_in_one_line, parse
 from components.core.progress import log
+from components.core.settings import naming
 from pipelines.api import PipelineConfig, ServerConfig, connect, everything, plain_errors, upload
 from pipelines.cron import six_fields
 from pipelines.package import read_package, read_parameters
@@ -155,17 +156,14 @@ def change(config: NamedConfig) -> None:
 def main() -> None:
     """Parse the flags and run the command."""
     config: Command = parse(ScheduleConfig, "Recurring runs on Kubeflow Pipelines.").command
-    try:
-        with plain_errors(config.host):
-            if isinstance(config, CreateConfig):
-                create(config)
-            elif isinstance(config, NamedConfig):
-                change(config)
-            else:
-                for schedule in schedules(connect(config), config):
-                    log(line(schedule))
-    except ValueError as error:
-        fail(error)
+    with errors_in_one_line(), naming(config), plain_errors(config.host):
+        if isinstance(config, CreateConfig):
+            create(config)
+        elif isinstance(config, NamedConfig):
+            change(config)
+        else:
+            for schedule in schedules(connect(config), config):
+                log(line(schedule))
 
 
 if __name__ == "__main__":

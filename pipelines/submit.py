@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from components.core.checks import check_at_least
-from components.core.cli import fail, parse
+from components.core.cli import errors_in_one_line, parse
+from components.core.settings import naming
 from pipelines.api import PipelineConfig, connect, plain_errors, upload
 from pipelines.package import read_package, read_parameters
 from pipelines.watch import problems, wait
@@ -63,10 +64,8 @@ def submit(config: SubmitConfig) -> list[str]:
 def main() -> None:
     """Parse the flags, start the run and report how it ended."""
     config = parse(SubmitConfig, "Upload a pipeline to Kubeflow Pipelines and start a run.")
-    try:
+    with errors_in_one_line(), naming(config):
         told = submit(config)
-    except ValueError as error:
-        fail(error)
     for problem in told:
         print(f"error: {problem}", file=sys.stderr)
     sys.exit(bool(told))

@@ -1,6 +1,13 @@
 """Find the layers that are pruned and quantized, by structure: the decoder's blocks and the `nn.Linear` layers inside them."""
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import nn
+
+from components.core.progress import log
+
+NAMED = 5  # matrices that a line names
 
 
 def find_blocks(parameter: str, model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -37,19 +44,25 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def linears_outside(name: str, model: nn.Module, head: str) -> dict[str, nn.Linear]:
-    """The linear layers outside the blocks, by name; without the head.
+def report_dense(model: Any, covered: Iterable[str]) -> dict[str, int]:
+    """Say how many weights stay dense: those of all matrices but the covered ones, embeddings and the head.
 
     Args:
-        name: name of the list of blocks in the model.
         model: a causal language model.
-        head: name of the layer that makes the logits.
+        covered: names of the weights that are pruned or quantized.
+
+    Returns:
+        `dense_weights`, to be recorded, unless there are none.
     """
-    return {
-        layer_name: layer
-        for layer_name, layer in linears(model).items()
-        if layer_name != head and not layer_name.startswith(f"{name}.")
-    }
+    skipped = {id(weight) for module in model.modules() if isinstance(module, nn.Embedding) for weight in module.parameters()}
+    skipped |= {id(model.get_output_embeddings().weight), *(id(model.get_parameter(name)) for name in covered)}
+    named = model.named_parameters()
+    dense = {name: weight.numel() for name, weight in named if weight.ndim >= 2 and id(weight) not in skipped}
+    if not dense:
+        return {}
+    some = ", ".join(list(dense)[:NAMED]) + (f" and {len(dense) - NAMED} more" if len(dense) > NAMED else "")
+    log(f"{sum(dense.values())} weights stay dense: {some}")
+    return {"dense_weights": sum(dense.values())}
 
 
 def check_blocks(parameter: str, name: str, blocks: nn.ModuleList, group: int = 1) -> None:
@@ -62,9 +75,10 @@ def check_blocks(parameter: str, name: str, blocks: nn.ModuleList, group: int = 
         group: M of an N:M pattern.
 
     Raises:
-        ValueError: a block has a weight matrix outside `nn.Linear` (fused experts, Conv1D), which would silently stay dense, or
-            a layer's input width is not a multiple of `group`.
+        ValueError: a block has a weight matrix outside `nn.Linear` (fused experts, Conv1D), which would silently stay dense,
+            or one that another block has too, or a layer's input width is not a multiple of `group`.
     """
+    owners: dict[int, int] = {}
     for index, block in enumerate(blocks):
         weights = {id(layer.weight) for layer in linears(block).values()}
         for weight_name, weight in block.named_parameters():
@@ -74,6 +88,11 @@ def check_blocks(parameter: str, name: str, blocks: nn.ModuleList, group: int = 
                     f"{name}.{index}.{weight_name} {list(weight.shape)} is none"
                 )
         for layer_name, layer in linears(block).items():
+            if (owner := owners.setdefault(id(layer.weight), index)) != index:
+                raise ValueError(
+                    f"{parameter} must have blocks with weights of their own; "
+                    f"{name}.{index} shares {layer_name} with {name}.{owner}"
+                )
             if layer.in_features % group:
                 raise ValueError(
                     f"pattern needs rows that are multiples of {group}; {name}.{index}.{layer_name} has {layer.in_features}"

@@ -30,14 +30,19 @@ def _not_infinite(parameter: str, value: float) -> None:
 
 def check_in_unit_interval(parameter: str, value: float) -> None:
     """Check that `value` is in [0, 1]; NaN fails."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{parameter} must be in [0, 1], got {value}")
+    check_range(parameter, value, 0, 1)
+
+
+def check_range(parameter: str, value: float, low: float, high: float) -> None:
+    """Check that `value` is in [low, high]; NaN fails."""
+    if not low <= value <= high:
+        raise ValueError(f"{parameter} must be in [{low}, {high}], got {value}")
 
 
 def check_one_of(parameter: str, value: str, choices: Collection[str]) -> None:
     """Check that `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{parameter} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{parameter} must be one of {', '.join(choices)}, got {shown(value)}")
 
 
 def check_text(parameter: str, value: object) -> None:
@@ -58,5 +63,5 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
     if not match or not 0 < int(match[1]) < int(match[2]):
-        raise ValueError(f"pattern must be 'unstructured' or N:M with 0 < N < M, got {pattern!r}")
+        raise ValueError(f"pattern must be 'unstructured' or N:M with 0 < N < M, got {shown(pattern)}")
     return int(match[1]), int(match[2])

@@ -15,6 +15,7 @@ from simple_parsing import ArgumentParser, DashVariant
 
 from components.core.errors import LINE, SECRETS, one_line
 from components.core.progress import log
+from components.core.settings import naming
 
 
 class _Parser(ArgumentParser):
@@ -31,6 +32,10 @@ def parse(config_class: type, description: str | None = None) -> Any:
     depth = {name: depth for depth, base in enumerate(config_class.__mro__) for name in inspect.get_annotations(base)}
     arguments.fields.sort(key=lambda entry: depth[entry.name])
     with errors_in_one_line():
+        for argument in sys.argv[1:]:
+            flag, sign, value = argument.partition("=")
+            if sign and value == "--":  # argparse would take it for a list of no values
+                raise ValueError(f"{flag.lstrip('-')} must have a value, got {value!r}")
         return parser.parse_args().config
 
 
@@ -51,8 +56,9 @@ def run(read: Callable[[], Any], stage: str) -> None:
     with errors_in_one_line():
         config = read()
         stop_at_sigterm()
-        config.check_environment()
-        record = importlib.import_module(stage).run(config)
+        with naming(config):
+            config.check_environment()
+            record = importlib.import_module(stage).run(config)
         log("  ".join(f"{name}={value}" for name, value in record.measured.items()))
 
 

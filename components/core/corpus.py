@@ -12,6 +12,7 @@ import hashlib
 import platform
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ PYTHON_DOCS = "builtin:python-docs"
 TOKENS_FILE = "tokens.safetensors"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 EVAL_NAMES = ("test", "eval", "valid")
+MOST_FILES = 100_000  # in a folder
 SEPARATOR = "\n\n"
 SHARED_PARAGRAPH = 40  # characters; topics that share a paragraph at least this long go to the same split
 
@@ -50,6 +52,8 @@ def check_corpus(parameter: str, spec: str) -> None:
         raise ValueError(f"{parameter} must be {PYTHON_DOCS}, a hub dataset or a local path, got {shown(spec)}")
     if not spec or not path.exists():
         raise ValueError(f"{parameter} must be an existing file or folder, or a hub dataset 'name:config', got {shown(spec)}")
+    if path.is_dir() and sum(1 for _ in islice(path.rglob("*"), MOST_FILES + 1)) > MOST_FILES:  # such as a whole disk
+        raise ValueError(f"{parameter} must hold at most {MOST_FILES} files, {spec} has more")
     if path.is_dir() and not _folder_files(path):
         raise ValueError(f"{parameter} must hold {', '.join(SUFFIXES)} files, got {spec}")
     if path.is_file() and path.suffix not in SUFFIXES:

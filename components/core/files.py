@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from components.core.errors import shown
 from components.core.locks import remove_unused, use
 
 NAME_ROOM = 48  # bytes that names of temporary files beside an output may be longer than its own
@@ -27,6 +28,8 @@ def check_new(parameter: str, path: str | os.PathLike[str], bytes_needed: int = 
     Raises:
         ValueError: `path` already exists, its folder is not writable, its name is too long, or the disk is too full.
     """
+    if "://" in str(path):
+        raise ValueError(f"{parameter} must be a path on this machine, got {shown(str(path))}")
     target = Path(path).absolute()
     if os.path.lexists(target):  # unlike Path.exists, this treats an inaccessible path as missing
         raise ValueError(f"{parameter} must not exist yet, got {path}")

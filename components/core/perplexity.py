@@ -20,35 +20,52 @@ TOKENS_PER_CHUNK = 512
 PROBE_TOKENS = 8
 
 
-def decoder_and_head(model: Any) -> tuple[nn.Module, nn.Linear]:
+@torch.no_grad()
+def decoder_and_head(model: Any, parameter: str = "the model") -> tuple[nn.Module, nn.Linear]:
     """Split a causal language model into its decoder (ids → hidden states) and its head (hidden states → logits).
 
+    Args:
+        model: a causal language model.
+        parameter: name of the setting that names it, for messages.
+
     Raises:
-        ValueError: there is no head, or the logits are not the head applied to the hidden states (soft-capped or scaled).
+        ValueError: there is no head, the logits are not the head applied to the hidden states (soft-capped or scaled), or they
+            depend on later tokens, as those of an encoder do.
     """
+    kind = type(model).__name__
     decoder, head = model.base_model, model.get_output_embeddings()
     if decoder is model or head is None:
-        raise ValueError(f"the model must be a causal language model with a head, got {type(model).__name__}")
-    # several tokens, because a padding token's embedding is zero, and so are its logits, capped or not
-    probe = torch.linspace(0, model.get_input_embeddings().weight.shape[0] - 1, PROBE_TOKENS).long()[None]
-    probe = probe.to(head.weight.device)
-    with torch.no_grad(), readable(f"{type(model).__name__} must run on any tokens; its config.json may not fit its weights"):
-        logits = head(decoder(input_ids=probe, use_cache=False).last_hidden_state).float()
+        raise ValueError(f"{parameter} must be a causal language model with a head, got {kind}")
+    with readable(f"{parameter} must be a model that transformers can run, {kind} fails"):
+        # several tokens, because a padding token's embedding is zero, and so are its logits, capped or not
+        probe = torch.linspace(0, model.get_input_embeddings().weight.shape[0] - 1, PROBE_TOKENS).long()[None]
+        probe = probe.to(head.weight.device)
+        other = torch.cat([probe[:, :-1], probe[:, :1]], 1)  # with another last token
+        hidden, others = (decoder(input_ids=ids, use_cache=False).last_hidden_state for ids in (probe, other))
+        logits = head(hidden).float()
         changed = model(input_ids=probe, use_cache=False).logits.float()
     if not torch.allclose(logits, changed, rtol=1e-3, atol=1e-3, equal_nan=True):  # NaN is caught in from_mean_loss
-        raise ValueError(f"{type(model).__name__} changes its logits after the head (soft cap or scale): not supported")
+        raise ValueError(f"{parameter} is not supported: {kind} changes its logits after the head (soft cap or scale)")
+    if differ(hidden[:, :-1], others[:, :-1]):
+        raise ValueError(f"{parameter} must predict each token from those before it, {kind} looks at later ones")
     return decoder, head
 
 
-def perplexity(model: Any, blocks: Tensor) -> float:
-    """Perplexity of a causal language model on token blocks [blocks, seq_len].
+def differ(one: Tensor, other: Tensor) -> bool:
+    """Whether two results of the same computation differ by more than rounding."""
+    allowed = torch.finfo(one.dtype).eps ** 0.5 * torch.linalg.vector_norm(one.float())
+    return bool(torch.dist(one.float(), other.float()) > allowed)
+
+
+def perplexity(model: Any, blocks: Tensor, parameter: str = "the model") -> float:
+    """Perplexity of a causal language model, which the setting `parameter` names, on token blocks [blocks, seq_len].
 
     Raises:
-        ValueError: blocks have fewer than 2 tokens, or the result is not finite.
+        ValueError: blocks have fewer than 2 tokens, `decoder_and_head` refuses the model, or the result is not finite.
     """
     if blocks.shape[1] < 2:
         raise ValueError(f"eval_seq_len must be at least 2, got {blocks.shape[1]}")
-    losses = block_losses(*decoder_and_head(model), blocks)
+    losses = block_losses(*decoder_and_head(model, parameter), blocks)
     return from_mean_loss(float(losses.sum()) / (blocks.shape[0] * (blocks.shape[1] - 1)))
 
 

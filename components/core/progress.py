@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from components.core.errors import SECRETS
+
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -18,7 +20,7 @@ def log(line: str) -> None:
     """Print one plain line and flush it, so that a pod's log shows it immediately; only the process of rank 0 prints."""
     if os.environ.get("RANK", "0") != "0":
         return
-    tqdm.write(line, file=sys.stdout)
+    tqdm.write(SECRETS.sub("***", line), file=sys.stdout)
     sys.stdout.flush()
 
 

@@ -7,13 +7,18 @@ Values and the environment are checked separately. `__post_init__` checks the va
 submits runs; `check_environment` checks what the machine that does the work must have: files, folders, packages.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
-from components.core.checks import DTYPES, check_at_least, check_one_of, check_text
+from components.core.checks import DTYPES, check_at_least, check_one_of, check_range, check_text
 from components.core.corpus import WIKITEXT2, check_corpus
+from components.core.errors import shown
+
+MOST_SAMPLES = 65536  # calibration blocks; hundreds are usual
 
 # Kinds of settings, passed as `field(metadata=…)` in stages where other code selects settings by kind. There, a setting without
 # a kind affects the result.
@@ -41,6 +46,32 @@ def configure(config_class: type[S], values: Mapping[str, Any], **bound: Any) ->
     """
     names = {entry.name for entry in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     return config_class(**{name: value for name, value in values.items() if name in names} | bound)
+
+
+@contextlib.contextmanager
+def naming(settings: Any) -> Iterator[None]:
+    """Name the setting that an error of the operating system is about, such as a closed folder or a name that is too long.
+
+    Raises:
+        ValueError: in place of an error about a path that a setting gives, or one in it or above it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, str) or error.filename2:  # a copy tells both paths
+            raise
+        where = Path(error.filename).absolute()
+        concerned: dict[Path, str] = {}
+        for entry in dataclasses.fields(settings):
+            value = getattr(settings, entry.name)
+            texts = [text for text in (value if isinstance(value, list) else [value]) if text and isinstance(text, str)]
+            paths = [Path(text).absolute() for text in texts]
+            related = [path for path in paths if where.is_relative_to(path) or path.is_relative_to(where)]
+            concerned |= dict.fromkeys(related, entry.name)
+        if not concerned:
+            raise
+        name = concerned[max(concerned, key=lambda path: (where.is_relative_to(path), len(path.parts)))]
+        raise ValueError(f"{name} cannot be used: {error.strerror}, {shown(error.filename)}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +117,7 @@ class BlockSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least("seq_len", self.seq_len, 2)
+        check_range("seed", self.seed, 0, 2**32 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +130,7 @@ class CalibrationSettings(BlockSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least("nsamples", self.nsamples, 1)
+        check_range("nsamples", self.nsamples, 1, MOST_SAMPLES)
 
 
 @dataclass(frozen=True, kw_only=True)

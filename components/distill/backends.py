@@ -91,7 +91,7 @@ class SingleProcess:
         """Freeze and wrap the student, and create the optimizer and the schedule."""
         self.student = student
         self.best: dict[str, Tensor] = {}
-        self.decoder, self.head = decoder_and_head(student)
+        self.decoder, self.head = decoder_and_head(student, "student_model")
         if self.config.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.parameters: dict[str, nn.Parameter] = train_only_masked(student, mask)

@@ -147,5 +147,5 @@ def teacher_cache(
 def head_width(teacher_folder: Path, trust_remote_code: bool) -> int:
     """Width of the teacher's final hidden states, without reading its weights."""
     config = check_checkpoint("teacher_model", teacher_folder, trust_remote_code)
-    head = empty_model(config, trust_remote_code).get_output_embeddings()  # type: ignore[operator]
+    head = empty_model("teacher_model", config, trust_remote_code).get_output_embeddings()  # type: ignore[operator]
     return int(head.weight.shape[1])

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from components.core.checks import check_above, check_at_least, check_in_unit_interval, check_not_empty, check_one_of
+from components.core.checks import (
+    check_above,
+    check_at_least,
+    check_in_unit_interval,
+    check_not_empty,
+    check_one_of,
+    check_range,
+)
 from components.core.corpus import WIKITEXT2, check_data, check_held_out
 from components.core.files import check_folder, check_new
 from components.core.models import check_model_id
@@ -58,13 +65,13 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
     warmup_ratio: float = 0.1
     """Fraction of the steps over which the learning rate rises to its peak."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """AdamW's decoupled weight decay, in [0, 1]."""
     max_grad_norm: float = 1.0
     """Norm to which gradients are clipped, after masking."""
     alpha_kd: float = 0.7
     """Weight of the distillation term in alpha_kd * KL + (1 - alpha_kd) * CE, in [0, 1]."""
     temperature: float = 1.0
-    """Softens both distributions in the KL term, which is scaled by its square (Hinton et al., 2015)."""
+    """Softens both distributions in the KL term, which is scaled by its square (Hinton et al., 2015); in [0.1, 100]."""
     kl_direction: str = "forward"
     """`forward`: KL(teacher || student); `reverse`: KL(student || teacher)."""
     mix_ratio: float = 0.5
@@ -106,6 +113,8 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
             check_at_least(parameter, getattr(self, parameter), 0)
         for parameter in ("learning_rate", "max_grad_norm", "temperature"):
             check_above(parameter, getattr(self, parameter), 0)
+        check_range("temperature", self.temperature, 0.1, 100)
+        check_in_unit_interval("weight_decay", self.weight_decay)
         check_in_unit_interval("alpha_kd", self.alpha_kd)
         check_in_unit_interval("warmup_ratio", self.warmup_ratio)
         check_one_of("kl_direction", self.kl_direction, ("forward", "reverse"))
@@ -200,9 +209,9 @@ class DistillConfig(DistillSettings):
         """Check the folders that are written to while training: at its end, output_dir must still be free."""
         for parameter in ("checkpoint_dir", "tensorboard_dir"):
             if folder := getattr(self, parameter):
+                check_folder(parameter, folder)
                 if Path(folder).resolve().is_relative_to(Path(self.output_dir).resolve()):
                     raise ValueError(f"{parameter} must lie outside output_dir {self.output_dir}, got {folder}")
-                check_folder(parameter, folder)
 
     def flags(self, leave_out: Collection[str] = ()) -> list[str]:
         """The settings as command-line flags of this stage; empty settings are omitted too."""

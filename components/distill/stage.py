@@ -212,7 +212,7 @@ def check_models(config: DistillConfig, mask: Mask, teacher_folder: str) -> None
     student = check_checkpoint("student_model", config.student_model, config.trust_remote_code)
     teacher = check_checkpoint("teacher_model", teacher_folder, config.trust_remote_code)
     check_dense("student_model", config.student_model, student)
-    check_mask(mask, empty_model(student, config.trust_remote_code))
+    check_mask(mask, empty_model("student_model", student, config.trust_remote_code))
     words = [model.get_text_config().vocab_size for model in (student, teacher)]
     if words[0] != words[1]:
         raise ValueError(f"teacher_model must have the student's vocabulary of {words[0]} words, got {words[1]}")

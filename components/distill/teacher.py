@@ -24,7 +24,7 @@ class Teacher:
 
     def __init__(self, model: Any, blocks: Tensor, cache: Cache | None) -> None:
         self.blocks, self.cache = blocks, cache
-        self.decoder, self.head = decoder_and_head(model)
+        self.decoder, self.head = decoder_and_head(model, "teacher_model")
         self.device = self.head.weight.device
 
     @torch.no_grad()

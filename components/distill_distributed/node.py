@@ -11,12 +11,17 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from components.core import storage
 from components.core.cli import errors_in_one_line, parse, stop_at_sigterm
 from components.core.process import run_to_end
 from components.core.progress import log
 from components.core.reading import parse_json
+from components.core.settings import naming
+from components.core.storage import check_place
 
 RESULT_PATIENCE = 3600.0  # seconds that a node without a result waits for the one that writes it
 POLL_SECONDS = 2.0
@@ -25,6 +30,7 @@ UPLOAD_TRIES, UPLOAD_PAUSE = 5, 30.0  # the pause between tries is in seconds
 # looks every three seconds, has read why it failed
 LAST_WORDS = 7.0
 STOPPED = 128 + signal.SIGTERM
+NAME = r"^\w+$"  # of an input: the parameter that gives it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,11 @@ class NodeConfig:
     """Parameter of components.distill → name under inputs/, as a JSON object; parameters may share a name."""
     flags: str
     """All other flags of components.distill, as a JSON list."""
+
+    def __post_init__(self) -> None:
+        check_place("place", self.place)
+        parse_json(self.inputs, "inputs", dict[str, Annotated[str, Field(pattern=NAME)]])
+        parse_json(self.flags, "flags", list[str])
 
 
 def run(config: NodeConfig) -> None:
@@ -86,7 +97,7 @@ def main() -> None:
     stop_at_sigterm()
     config = parse(NodeConfig, "One node of a distillation job.")
     try:
-        with errors_in_one_line():
+        with errors_in_one_line(), naming(config):
             run(config)
     except SystemExit as end:
         if end.code != STOPPED:

@@ -29,7 +29,7 @@ def run(config: EvaluateConfig) -> StageRecord:
     check_ids("eval_data", blocks.ids, model_config)
     model = load_model(config.model_dir, pick_dtype(config.dtype, device), device, config.trust_remote_code)
     result = StageRecord("evaluate", asdict(config), versions=versions())
-    result.measured["perplexity"] = perplexity(model, blocks.ids)
+    result.measured["perplexity"] = perplexity(model, blocks.ids, "model_dir")
     log_perplexity("perplexity", result.measured["perplexity"])
     result.measured |= {
         "perplexity_text": blocks.fingerprint(),

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from components.core.blocks import linears
+from components.core.errors import readable
+from components.core.perplexity import differ
 
 
 @dataclass
@@ -94,6 +96,39 @@ def run_block(block: nn.Module, batch: Batch, index: int) -> Tensor:
 
 
 @torch.no_grad()
+def check_replay(model: Any, blocks: nn.ModuleList, batch: Batch, ids: Tensor) -> None:
+    """Check that replaying the blocks gives what the model itself computes in its last block.
+
+    It does not where blocks pass each other anything besides the hidden states, such as keys and values: their Hessians would
+    silently be those of another model.
+
+    Args:
+        model: a causal language model.
+        blocks: its decoder blocks.
+        batch: the first calibration batch.
+        ids: the calibration tokens [nsamples, seq_len].
+
+    Raises:
+        ValueError: the two differ, or a block cannot be replayed.
+    """
+    last: list[Any] = []
+    handle = blocks[-1].register_forward_hook(lambda *call: last.append(call[-1]))
+    try:
+        rows = ids[: len(batch.hidden)].to(batch.hidden.device)
+        model.base_model(input_ids=rows, use_cache=False)
+    finally:
+        handle.remove()
+    expected = last[0][0] if isinstance(last[0], tuple) else last[0]
+    replayed = Batch(batch.hidden, batch.calls)
+    rule = "dense_model must have blocks that depend on each other by their hidden states alone"
+    with readable(f"{rule}, {type(model).__name__} cannot be pruned"):
+        for index, block in enumerate(blocks):
+            advance(block, [replayed], index)
+    if differ(expected, replayed.hidden):
+        raise ValueError(f"{rule}, those of {type(model).__name__} give other results one by one")
+
+
+@torch.no_grad()
 def hessians(block: nn.Module, batches: list[Batch], index: int, what: str) -> dict[str, Tensor]:
     """Hessian of each linear layer's squared output error, H = 2/n · Σ xᵀx over calibration tokens (SparseGPT, eq. 1).
 
@@ -139,7 +174,10 @@ def hessians(block: nn.Module, batches: list[Batch], index: int, what: str) -> d
             handle.remove()
     for name in linears(block):
         if counts.get(leader.get(name, ""), 0) == 0:
-            raise ValueError(f"nsamples must be large enough for every layer to see a token, {what} {name} saw none")
+            raise ValueError(
+                f"nsamples must be large enough for every layer to see a token, {what} {name} saw none; "
+                "if more do not help, dense_model never uses it and cannot be pruned"
+            )
     for name, total in sums.items():
         total.mul_(2 / counts[name])
         if not torch.isfinite(total).all():

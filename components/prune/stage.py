@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.core.blocks import check_blocks, find_blocks, linears, linears_outside
+from components.core.blocks import check_blocks, find_blocks, linears, report_dense
 from components.core.checkpoint.checks import check_checkpoint, check_dense, check_ids, check_seq_len, empty_model
 from components.core.checkpoint.files import weight_bytes
 from components.core.checkpoint.loading import load_model, load_tokenizer
@@ -20,13 +20,12 @@ from components.core.files import check_new, new_directory, new_file
 from components.core.history import StageRecord, Stopwatch, versions, write_history
 from components.core.mask.file import MASK_FILE
 from components.core.mask.integrity import enforce, integrity
-from components.core.mask.mask import Mask, save_mask
-from components.core.mask.prunable import head_name
+from components.core.mask.mask import Mask, pruned_count, save_mask
 from components.core.models import local_folder, source_history
 from components.core.perplexity import perplexity
 from components.core.progress import log, log_perplexity, track
 from components.core.tokens import count_overlaps, load_blocks
-from components.prune.calibration import Batch, advance, capture, hessians
+from components.prune.calibration import Batch, advance, capture, check_replay, hessians
 from components.prune.config import PruneConfig
 from components.prune.magnitude import magnitude
 from components.prune.sparsegpt import sparsegpt
@@ -65,14 +64,14 @@ def run(config: PruneConfig) -> StageRecord:
 
     model = load_model(folder, pick_dtype(config.dtype, device), device, config.trust_remote_code)
     if evaluation:
-        result.measured["perplexity_before"] = perplexity(model, evaluation.ids)
+        result.measured["perplexity_before"] = perplexity(model, evaluation.ids, "dense_model")
         log_perplexity("before_pruning", result.measured["perplexity_before"])
-    report_dense_layers(model, result)
     mask, layers = prune_model(model, calibration.ids, config)
+    result.measured |= report_dense(model, mask.tensors)
     result.sparse_integrity_check = integrity(dict(model.named_parameters()), mask)
     enforce(result.sparse_integrity_check)
     if evaluation:
-        result.measured["perplexity"] = perplexity(model, evaluation.ids)
+        result.measured["perplexity"] = perplexity(model, evaluation.ids, "dense_model")
         result.measured["perplexity_text"] = evaluation.fingerprint()
         log_perplexity("after_pruning", result.measured["perplexity"])
     result.measured["sparsity"] = mask.realised_sparsity()
@@ -96,23 +95,27 @@ def check_model(config: PruneConfig, folder: Path) -> Any:
     """
     model_config = check_checkpoint("dense_model", folder, config.trust_remote_code)
     check_dense("dense_model", folder, model_config)
+    empty = empty_model("dense_model", model_config, config.trust_remote_code)
     check_seq_len("seq_len", config.seq_len, model_config)
     if not config.skip_ppl_eval:
         check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
     n_of_m = parse_pattern(config.pattern)
-    found = find_blocks("dense_model", empty_model(model_config, config.trust_remote_code))
-    check_blocks("dense_model", *found, n_of_m[1] if n_of_m else 1)
+    name, blocks = find_blocks("dense_model", empty)
+    check_blocks("dense_model", name, blocks, n_of_m[1] if n_of_m else 1)
+    check_none_empty(config, name, blocks)
     check_new("output_dir", config.output_dir, weight_bytes(folder))
     return model_config
 
 
-def report_dense_layers(model: Any, result: StageRecord) -> None:
-    """Say, and record, how many weights are in linear layers outside the blocks, which pruning leaves as they are."""
-    name, _ = find_blocks("dense_model", model)
-    outside = linears_outside(name, model, head_name(model))
-    if outside:
-        result.measured["dense_linear_weights"] = sum(layer.weight.numel() for layer in outside.values())
-        log(f"{result.measured['dense_linear_weights']} weights outside the blocks stay dense: {', '.join(outside)}")
+def check_none_empty(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:
+    """Raise ValueError if the sparsity would remove all weights of a matrix."""
+    for index, block in enumerate(blocks):
+        for linear, layer in linears(block).items():
+            if pruned_count(config.sparsity, layer.weight.numel()) == layer.weight.numel():
+                raise ValueError(
+                    f"sparsity must leave every matrix a weight, got {config.sparsity}: {name}.{index}.{linear} has "
+                    f"{layer.weight.numel()}"
+                )
 
 
 def prune_model(model: Any, ids: Tensor, config: PruneConfig) -> tuple[Mask, list[dict[str, Any]]]:
@@ -128,6 +131,7 @@ def prune_model(model: Any, ids: Tensor, config: PruneConfig) -> tuple[Mask, lis
     """
     name, blocks = find_blocks("dense_model", model)
     batches = capture(model, blocks, ids)
+    check_replay(model, blocks, batches[0], ids)
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     for index, block in enumerate(track(blocks, "pruning blocks", len(blocks))):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.core.checks import check_at_least, check_in_unit_interval, check_not_empty
+from components.core.errors import shown
 from components.core.history import HISTORY_FILE, REPORT_PAGE, REPORT_SUMMARY
 from components.core.settings import Settings
 from components.core.storage import check_place
@@ -33,18 +34,22 @@ class PublishSettings(Settings):
         if self.publish_to:
             check_place("publish_to", self.publish_to)
         if self.version and not is_version(self.version):
-            raise ValueError(f"version must be letters, digits, '.', '_' and '-', and not latest.json, got {self.version!r}")
+            raise ValueError(
+                f"version must be letters, digits, '.', '_' and '-', and not latest.json, got {shown(self.version)}"
+            )
         check_at_least("max_ppl_ratio", self.max_ppl_ratio, 0)
         check_in_unit_interval("min_sparsity", self.min_sparsity)
         if self.registry and not self.publish_to:
             raise ValueError(f"publish_to must be given for a registry, got {self.publish_to!r}")
         if self.registry:
             if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", self.registry):
-                shown = self.registry.rsplit("@", 1)[-1]  # what comes before may contain a password
-                raise ValueError(f"registry must be an http:// or https:// address without user and password, got {shown!r}")
+                address = self.registry.rsplit("@", 1)[-1]  # what comes before may contain a password
+                raise ValueError(
+                    f"registry must be an http:// or https:// address without user and password, got {shown(address)}"
+                )
             check_not_empty("registry_model", self.registry_model)
         elif self.registry_model:
-            raise ValueError(f"registry must be given for a registry_model, got {self.registry!r}")
+            raise ValueError(f"registry must be given for a registry_model, got {shown(self.registry)}")
 
 
 @dataclass(frozen=True, kw_only=True)

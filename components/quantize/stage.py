@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from components.core.blocks import check_blocks, find_blocks
+from components.core.blocks import check_blocks, find_blocks, report_dense
 from components.core.checkpoint.checks import check_checkpoint, check_dense, check_ids, check_seq_len, empty_model
 from components.core.checkpoint.files import weight_bytes
 from components.core.checkpoint.loading import load_model, load_tokenizer
@@ -37,10 +37,11 @@ def run(config: QuantizeConfig) -> StageRecord:
     device = pick_device()
     model_config = check_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
     check_dense("model_dir", config.model_dir, model_config)
-    check_blocks("model_dir", *find_blocks("model_dir", empty_model(model_config, config.trust_remote_code)))
+    empty = empty_model("model_dir", model_config, config.trust_remote_code)
+    check_blocks("model_dir", *find_blocks("model_dir", empty))
     mask = load_mask(config.mask_file) if config.mask_file else None
     if mask:
-        check_mask(mask, empty_model(model_config, config.trust_remote_code))
+        check_mask(mask, empty)
     check_new("output_dir", config.output_dir, weight_bytes(config.model_dir))
     engine = pick_engine(config.format)
     tokenizer = load_tokenizer(config.model_dir, config.trust_remote_code)
@@ -56,6 +57,7 @@ def run(config: QuantizeConfig) -> StageRecord:
     mask = mask or zeros(model)
     log(f"quantizing to {config.format} with {engine.NAME}")
     result = StageRecord("quantize", asdict(config), versions=versions())
+    result.measured |= report_dense(model, prunable_weights(model))
     with new_directory(config.output_dir) as scratch:
         save_checkpoint(engine.quantize(model, config.format, head_name(model)), tokenizer, scratch)
         del model
@@ -67,7 +69,7 @@ def run(config: QuantizeConfig) -> StageRecord:
         if evaluation:
             if device != cpu:
                 quantized = load_model(scratch, dtype, device, config.trust_remote_code)
-            result.measured["perplexity"] = perplexity(quantized, evaluation.ids)
+            result.measured["perplexity"] = perplexity(quantized, evaluation.ids, "model_dir")
             result.measured["perplexity_text"] = evaluation.fingerprint()
             log_perplexity("after_quantization", result.measured["perplexity"])
         result.measured |= {"sparsity": mask.realised_sparsity(), "engine": engine.NAME, **watch.read()}

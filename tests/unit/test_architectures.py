@@ -96,9 +96,9 @@ def test_what_would_stay_dense_in_silence_is_not_quantized(tmp_path, evaluation,
 def test_linear_layers_outside_the_blocks_are_reported(tmp_path, evaluation, capsys):
     save(tmp_path / "dense", "OPT", SUPPORTED["OPT"] | {"word_embed_proj_dim": 32})  # which is projected in and out
     record = prune(prune_settings(tmp_path, evaluation))
-    assert record.measured["dense_linear_weights"] == 2 * 32 * 64
-    assert "4096 weights outside the blocks stay dense: " in capsys.readouterr().out
-    assert "dense_linear_weights" not in prune_llama(tmp_path / "llama", evaluation).measured
+    assert record.measured["dense_weights"] == 2 * 32 * 64
+    assert "4096 weights stay dense: " in capsys.readouterr().out
+    assert "dense_weights" not in prune_llama(tmp_path / "llama", evaluation).measured
 
 
 def prune_llama(folder, evaluation):

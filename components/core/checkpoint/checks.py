@@ -45,8 +45,8 @@ def check_checkpoint(parameter: str, path: str | Path, trust_remote_code: bool =
     read_history(folder)
     with readable(f"{parameter} must have a config.json that transformers can read, got {path}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with _at_most_modules(MODULES_PER_TENSOR * len(stored) + FEW):
-            model = empty_model(config, trust_remote_code)
+    with _at_most_modules(MODULES_PER_TENSOR * len(stored) + FEW):
+        model = empty_model(parameter, config, trust_remote_code)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     held = sum(math.prod(shape) for shape in stored.values())
     if numbers > held * (NUMBERS_PER_PACKED if is_quantized(folder, config) else NUMBERS_PER_NUMBER):
@@ -54,9 +54,13 @@ def check_checkpoint(parameter: str, path: str | Path, trust_remote_code: bool =
     return config
 
 
-def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """Build a model from its configuration without allocating its weights, to inspect names and shapes."""
-    with torch.device("meta"):
+def empty_model(parameter: str, config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """Build a model from its configuration without allocating its weights, to inspect names and shapes.
+
+    Raises:
+        ValueError: transformers cannot build it.
+    """
+    with readable(f"{parameter} must have a config.json from which a model can be built"), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model
 
@@ -94,7 +98,7 @@ def check_dense(parameter: str, path: str | Path, config: Any) -> None:
 def check_seq_len(parameter: str, seq_len: int, config: Any) -> None:
     """Raise `ValueError` if `seq_len` is larger than the model's number of positions."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and seq_len > positions:
+    if positions is not None and 0 < positions < seq_len:  # XLNet has -1: any number
         raise ValueError(f"{parameter} must be at most the model's {positions} positions, got {seq_len}")
 
 

@@ -16,7 +16,7 @@ from components.core.errors import readable
 from components.core.progress import quiet_bars
 
 transformers_logging.disable_progress_bar()  # a pod's log should not contain control characters
-transformers_logging.set_verbosity_error()  # what it would warn of is an error here
+transformers_logging.set_verbosity_error()  # what its warnings are about is checked, and an error is one line
 
 
 def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -71,7 +71,7 @@ def _load_quanto(folder: Path, config: Any) -> Any:
         names_of[id(tensor)].add(name)
     missing = [sorted(names)[0] for names in names_of.values() if not names & stored]
     _refuse(folder, missing, stored - tensors.keys())
-    expected = dict(empty_model(config).named_parameters())
+    expected = dict(empty_model("model folder", config).named_parameters())
     for name, parameter in model.named_parameters():
         _check_shape(folder, name, parameter.shape, expected[name].shape)
         if f"{name}._data" in shapes:  # the parameter would have the shape that it should have, whatever is stored

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from components.core.errors import shown
 from components.core.files import check_new, new_directory
 from components.core.progress import log
 from components.core.storage.base import Store
@@ -49,7 +50,7 @@ def check_place(parameter: str, place: str) -> None:
         part not in ("", ".", "..") and part.isprintable() and not set(part) & set("\\*?#[]") for part in parts
     ):
         schemes = ", ".join(f"{scheme}://bucket/prefix" for scheme in _BUCKETS)
-        raise ValueError(f"{parameter} must be one of {schemes} or an absolute folder path, got {place!r}")
+        raise ValueError(f"{parameter} must be one of {schemes} or an absolute folder path, got {shown(place)}")
 
 
 def check_writable(parameter: str, place: str) -> None:

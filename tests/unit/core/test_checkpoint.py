@@ -195,7 +195,7 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path, kind):
 
 
 def test_empty_model_has_names_and_shapes_but_no_memory(checkpoint):
-    model = empty_model(check_checkpoint("model_id", checkpoint))
+    model = empty_model("model_id", check_checkpoint("model_id", checkpoint))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     assert shapes == {name: parameter.shape for name, parameter in tiny_model("qwen3", tied=True).named_parameters()}
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+from transformers import AutoModelForCausalLM, BertGenerationConfig, CohereConfig, Gemma2Config, GraniteConfig
 
 from components.core import perplexity as module
 from components.core.perplexity import decoder_and_head, perplexity
@@ -99,9 +99,31 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(config, pad_t
         hidden = model.base_model(input_ids=ids).last_hidden_state
         difference = model.get_output_embeddings()(hidden) - model(input_ids=ids).logits
     assert difference.abs().max() > 0.1
-    rule = f"{type(model).__name__} changes its logits after the head (soft cap or scale): not supported"
+    rule = f"the model is not supported: {type(model).__name__} changes its logits after the head (soft cap or scale)"
     with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
         perplexity(model, ids)
+
+
+def test_a_model_that_looks_at_later_tokens_is_refused():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    settings = BertGenerationConfig(**sizes, bos_token_id=None, eos_token_id=None)
+    ids = random_blocks(1, 16)
+    with pytest.raises(
+        ValueError, match="^model_dir must predict each token from those before it, BertGenerationDecoder looks"
+    ):
+        perplexity(AutoModelForCausalLM.from_config(settings).eval(), ids, "model_dir")
+    settings.is_decoder = True
+    decoder = AutoModelForCausalLM.from_config(settings).eval()
+    assert perplexity(decoder, ids, "model_dir") == pytest.approx(plain_perplexity(decoder, ids), rel=1e-5)
+
+
+def test_a_model_that_cannot_be_run_is_refused():
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 128)
+    rule = "^model_dir must be a model that transformers can run, LlamaForCausalLM fails: mat1 and mat2 shapes"
+    with pytest.raises(ValueError, match=rule):
+        perplexity(model, random_blocks(1, 8), "model_dir")
 
 
 def test_blocks_of_one_token_are_refused():
