@@ -33,7 +33,7 @@ MAY_STAY = ("output", "mask.safetensors", "checkpoints", "place")
 
 def cases(lab: Lab, random: Random, count: int) -> Iterator[Case]:
     """Kills of single stages, and in the whole suite of groups of processes and of whole runs."""
-    others = count // 50
+    others = count // 65
     yield from _runs(lab, random, others)
     yield from _groups(lab, random, others)
     for _ in range(count - 2 * others):

@@ -65,7 +65,7 @@ def _check(lab: Lab, family: str, config: Any, place: Path) -> str | None:
     evaluated = stage("evaluate", lab.settings("evaluate", model_dir="dense", **text), place)
     if fault := _measures(evaluated, "perplexity", expected, family in SUPPORTED | DENSE_ONLY):
         return f"evaluate: {fault}"
-    settings = lab.settings("prune", "pruned", dense_model="dense", calibration_data=lab.path("corpus"), **text)
+    settings = lab.settings("prune", output_dir="pruned", dense_model="dense", calibration_data=lab.path("corpus"), **text)
     pruned = stage("prune", settings, place)
     fault = _measures(pruned, "perplexity_before", expected, family in SUPPORTED)
     if not fault and pruned.code == 0:
@@ -75,7 +75,7 @@ def _check(lab: Lab, family: str, config: Any, place: Path) -> str | None:
         return f"prune: {fault}"
     source = {"model_dir": "pruned", "mask_file": "pruned"} if pruned.code == 0 else {"model_dir": "dense", "mask_file": ""}
     for format in NEAR:
-        ended = stage("quantize", lab.settings("quantize", format, format=format, **source, **text), place)
+        ended = stage("quantize", lab.settings("quantize", output_dir=format, format=format, **source, **text), place)
         fault = (
             _refused(ended, family in SUPPORTED)
             if ended.code

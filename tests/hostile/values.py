@@ -127,7 +127,7 @@ def programs(lab: Lab) -> dict[str, Program]:
         stage = __import__(f"components.{name}.config", fromlist=["x"])
         good = lab.settings(name)
         if name == "publish":
-            good |= {"models": [good["models"]], "publish_to": "/nowhere"} | {"publish_to": ""}
+            good |= {"publish_to": ""}
         made[name] = Program(f"components.{name}", getattr(stage, f"{name.title()}Config"), good)
     cluster = {"handover": lab.path("handover"), "image": "x"}
     job = lab.settings("distill") | cluster
