@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from components.core.errors import readable
 from components.distill.backends import SingleProcess, finite, plain_errors
 from components.distill.config import DistillConfig
 from components.distill.masking import mask_weights
@@ -41,13 +42,14 @@ class DeepSpeed(SingleProcess):
         for name, parameter in self.parameters.items():
             # gradients are reduced and partitioned as they arrive, so they must be masked as they arrive
             parameter.register_hook(lambda gradient, name=name: gradient.masked_fill(self.pruned[name], 0))
-        engine, *_ = deepspeed.initialize(
-            model=self.decoder,
-            optimizer=self.optimizer,
-            lr_scheduler=self.schedule,
-            config=deepspeed_settings(self.config, self.compute_dtype, self.world_size),
-            dist_init_required=False,
-        )
+        with readable("deepspeed_config must hold settings that DeepSpeed accepts"):
+            engine, *_ = deepspeed.initialize(
+                model=self.decoder,
+                optimizer=self.optimizer,
+                lr_scheduler=self.schedule,
+                config=deepspeed_settings(self.config, self.compute_dtype, self.world_size),
+                dist_init_required=False,
+            )
         self.engine = self.decoder = engine
 
     def backward(self, loss: Tensor, micro_batches: int) -> None:
