@@ -129,10 +129,10 @@ def test_a_claim_must_be_a_name():
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"inputs": "["}, "inputs must be JSON, got '\\['"),
-        ({"inputs": '{"x": "../y"}'}, "inputs must map parameters to names"),
-        ({"flags": "null"}, "flags must be a list of strings, got 'null'"),
-        ({"flags": "[" * 100_000}, "flags must be JSON, got"),
+        ({"inputs": "["}, "inputs must be JSON: EOF"),
+        ({"inputs": '{"x": "../y"}'}, "inputs must be JSON of its form, x: String should match pattern"),
+        ({"flags": "null"}, "flags must be JSON of its form, it: Input should be a valid array, got None"),
+        ({"flags": "[" * 100_000}, "flags must be JSON: recursion"),
         ({"place": "x"}, "place must be one of gs://"),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_pipe_or_a_device_as_parameters_is_refused_at_once(tmp_path):
     package = read_package("compress")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):
-        with pytest.raises(ValueError, match=f"^params must be a YAML file, got '{path}'$"):
+        with pytest.raises(ValueError, match=f"^params must be a YAML file: {path} must be an ordinary file$"):
             read_parameters(package, str(path), [])
 
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def empty_model(parameter: str, config: Any, trust_remote_code: bool = False) ->
     Raises:
         ValueError: transformers cannot build it.
     """
-    with readable(f"{parameter} must have a config.json from which a model can be built"), torch.device("meta"):
+    what = f"{parameter} must have a config.json from which a model can be built"
+    with readable(what), warnings.catch_warnings(action="ignore"), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from components.core.files import new_file
+from components.core.files import PARTIAL, new_file
 from components.core.storage.base import WORKERS, Held
 
 PIECE = 2**20  # bytes that are copied at once
@@ -23,9 +23,10 @@ class FolderStore:
     def list(self) -> dict[str, Held]:
         """See `Store`."""
         held = {}
-        for path in self.root.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # a scratch file that another process has just put in place
-                if path.is_file():
+        for folder, below, names in os.walk(self.root):  # unlike Path.rglob, it goes on when a folder disappears
+            below[:] = [name for name in below if not name.endswith(PARTIAL)]  # what others are writing just now
+            for path in (Path(folder, name) for name in names if not name.endswith(PARTIAL)):
+                with contextlib.suppress(FileNotFoundError):
                     held[path.relative_to(self.root).as_posix()] = Held(path.stat().st_size, None)
         return held
 
@@ -52,7 +53,7 @@ class FolderStore:
         """See `Store`. A hard link appears with its whole content and never replaces a file."""
         target = self.root / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}{PARTIAL}")
         try:
             scratch.write_bytes(data)
             os.link(scratch, target)

@@ -142,7 +142,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(name, tmp_path):
 def test_a_damaged_list_of_files_is_named(damaged, tmp_path):
     place = str(tmp_path / "mounted")
     storage.write_bytes(f"{place}/complete.json", damaged)
-    with pytest.raises(ValueError, match=f"{place}/complete.json must list files with size and crc32c"):
+    with pytest.raises(ValueError, match=f"{place}/complete.json must be JSON"):
         storage.download(place, tmp_path / "back")
 
 

@@ -70,7 +70,8 @@ def test_the_record_tells_source_bytes_and_settings(source, output):
 
 
 def test_a_history_that_the_model_has_is_carried_on(source, output):
-    history = {"format": 1, "source": {"model_id": "owner/name", "revision": "abc"}, "steps": [{"stage": "elsewhere"}]}
+    steps = [{"stage": "elsewhere", "parameters": {}}]
+    history = {"format": 1, "source": {"model_id": "owner/name", "revision": "abc"}, "steps": steps}
     (source / "compression.json").write_text(json.dumps(history))
     fetch(source, output)
     found = json.loads((output / "compression.json").read_text())

@@ -402,7 +402,7 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
 def test_what_is_not_a_record_is_refused_and_leaves_nothing(tmp_path: Path, content: str) -> None:
     file = tmp_path / "prune_stats.json"
     file.write_text(content)
-    with pytest.raises(ValueError, match=r"prune_stats\.json must be (a JSON file|JSON of its form)"):
+    with pytest.raises(ValueError, match=r"prune_stats\.json must be JSON"):
         run(ReportConfig(records=[str(file)], output_dir=str(tmp_path / "out")))
     assert list(tmp_path.iterdir()) == [file]
 
