@@ -71,8 +71,11 @@ def check_folder(parameter: str, path: str | os.PathLike[str]) -> None:
     """
     target = Path(path).absolute()
     if os.path.lexists(target):
-        if not target.is_dir() or not os.access(target, os.W_OK | os.X_OK):
-            raise ValueError(f"{parameter} must be a folder that can be written, got {path}")
+        try:
+            with tempfile.TemporaryFile(dir=target):  # there are folders, such as in /sys, where root may write but cannot
+                pass
+        except OSError as error:
+            raise ValueError(f"{parameter} must be a folder that can be written, got {path}: {error.strerror}") from error
     else:
         check_new(parameter, path)
 
