@@ -59,7 +59,7 @@ def read_candidate(folder: str) -> Candidate:
     pruning = next((step.get("measured", {}) for step in steps if step["stage"] == "prune"), {})
     same_text = measured.get("perplexity_text") and pruning.get("perplexity_text") == measured["perplexity_text"]
     return Candidate(
-        name=_folder_name(str(last["parameters"].get("format")) if last["stage"] == "quantize" else last["stage"]),
+        name=_folder_name(folder, str(last["parameters"].get("format")) if last["stage"] == "quantize" else last["stage"]),
         folder=Path(folder),
         source={"model_id": history["source"]["model_id"], "revision": history["source"]["revision"]},
         perplexity=_number(measured, "perplexity"),
@@ -69,9 +69,10 @@ def read_candidate(folder: str) -> Candidate:
     )
 
 
-def _folder_name(name: str) -> str:
+def _folder_name(folder: str, name: str) -> str:
     if not re.fullmatch(r"[a-z0-9_]+", name):
-        raise ValueError(f"a model's format must be lower-case letters, digits and '_', got {shown(name)}")
+        file = Path(folder) / HISTORY_FILE
+        raise ValueError(f"{file}: a model's format must be lower-case letters, digits and '_', got {shown(name)}")
     return name
 
 

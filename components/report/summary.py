@@ -10,6 +10,7 @@ from components.core.history import StageRecord
 
 ORDER = ("fetch", "prune", "distill", "quantize")
 MODEL_NAMES = {"fetch": "dense", "prune": "pruned", "distill": "distilled"}
+EXACT = 2**53  # whole numbers below are exact as floats
 TOO_LARGE = 1e300  # beyond this, a JSON number is a broken measurement rather than a value to print
 
 
@@ -108,9 +109,11 @@ def comparable(row: Row, other: Row) -> bool:
 
 
 def number(value: Any) -> float | None:
-    """`value` if it is a finite number, else None."""
+    """`value` if it is a finite number, else None; a whole number that the plots could not draw becomes a float."""
     usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < TOO_LARGE
-    return value if usable else None
+    if not usable:
+        return None
+    return value if abs(value) < EXACT else float(value)
 
 
 def _model_name(record: StageRecord) -> str:

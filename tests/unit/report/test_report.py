@@ -323,6 +323,13 @@ def test_unknown_stages_and_values_do_no_harm(report: Report) -> None:
     assert titles(page) == ["Perplexity by stage", "Size by stage"]
 
 
+def test_a_whole_number_beyond_those_of_the_machine_does_no_harm(report: Report) -> None:
+    records = full()
+    records["int8"]["measured"]["perplexity"] = 2**63
+    _, summary, _ = report(records)
+    assert summary["measured"]["perplexity_int8"] == 2.0**63
+
+
 def test_not_finite_numbers_are_not_measurements() -> None:
     records = full()
     records["student"]["measured"]["perplexity"] = math.nan
