@@ -15,9 +15,6 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # one thread each, as cases run side by side; and OpenMP does not survive a fork
-
 KINDS = ("values", "mutations", "models", "kills", "disks", "races")
 SHOWN = 20  # failed cases of a kind that are printed
 
@@ -33,6 +30,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="cases at a time")
     arguments = parser.parse_args()
 
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["KUBECONFIG"] = "/nonexistent"  # no case may reach a cluster that happens to be there
+    os.environ["OMP_NUM_THREADS"] = "1"  # one thread each, as cases run side by side; and OpenMP does not survive a fork
     # below, so that --help is quick; after this, a fork has everything in memory
     from tests.hostile import harness, lab
 

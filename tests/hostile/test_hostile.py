@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def said() -> str:
-    """What the short form prints; in a process of its own, from which the cases can be forked."""
-    command = [sys.executable, "-m", "tests.hostile", "--short"]
+    """What the short form prints, of the same cases each time; in a process of its own, from which they can be forked."""
+    command = [sys.executable, "-m", "tests.hostile", "--short", "--seed", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
 
