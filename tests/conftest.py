@@ -1,5 +1,6 @@
 """Tiny random models, a tokenizer and text, generated in seconds without network or hub."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+
+from tests.small_disk import SmallDisk
 
 VOCABULARY = 256
 SMALL = {
@@ -93,3 +96,23 @@ def corpus(tmp_path_factory) -> Path:
 def model(request):
     """Each kind of tiny model in turn: Llama and Qwen3, untied and tied."""
     return tiny_model(*request.param)
+
+
+@pytest.fixture
+def disk_of(tmp_path):
+    """A function that mounts a disk of a given size; the test is skipped where it may not."""
+    with contextlib.ExitStack() as mounted:
+
+        def mount(size: str) -> SmallDisk:
+            try:
+                return mounted.enter_context(SmallDisk(tmp_path / "disk", size))
+            except OSError as error:
+                pytest.skip(f"only root may mount a small disk: {error}")
+
+        yield mount
+
+
+@pytest.fixture
+def small_disk(disk_of) -> Path:
+    """A disk of 128 KiB, which is smaller than any of the tiny models."""
+    return disk_of("128k").folder

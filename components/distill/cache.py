@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from components.core.checkpoint.checks import check_checkpoint, empty_model
+from components.core.checkpoint.checks import inspect_checkpoint
 from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.files import check_room, new_file, sample_fingerprint
 from components.core.history import versions
@@ -146,6 +146,5 @@ def teacher_cache(
 
 def head_width(teacher_folder: Path, trust_remote_code: bool) -> int:
     """Width of the teacher's final hidden states, without reading its weights."""
-    config = check_checkpoint("teacher_model", teacher_folder, trust_remote_code)
-    head = empty_model("teacher_model", config, trust_remote_code).get_output_embeddings()  # type: ignore[operator]
-    return int(head.weight.shape[1])
+    _, empty = inspect_checkpoint("teacher_model", teacher_folder, trust_remote_code)
+    return int(empty.get_output_embeddings().weight.shape[1])  # type: ignore[operator]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.core.checkpoint.checks import check_checkpoint, check_dense, check_ids, check_seq_len, empty_model
+from components.core.checkpoint.checks import check_checkpoint, check_dense, check_ids, check_seq_len, inspect_checkpoint
 from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.checkpoint.loading import load_model, load_tokenizer
 from components.core.checkpoint.saving import save_checkpoint
@@ -52,7 +52,7 @@ def run(config: DistillConfig) -> StageRecord:
     launch.end_with_launcher()
     mask = load_mask(config.mask_file)
     teacher_folder = local_folder(config.teacher_model, parameter="teacher_model")
-    check_models(config, mask, str(teacher_folder))
+    student = check_models(config, mask, str(teacher_folder))
     if config.launcher != "python" and not launch.started_already():
         with resume.claim(config):
             pass  # a second run is refused here, in one line; the first of the processes then has the folder
@@ -61,19 +61,18 @@ def run(config: DistillConfig) -> StageRecord:
     with resume.claim(config):
         device = launch.join(config)
         try:
-            return train(config, mask, teacher_folder, device)
+            return train(config, student, mask, teacher_folder, device)
         finally:
             launch.leave()
 
 
-def train(config: DistillConfig, mask: Mask, teacher_folder: Path, device: torch.device) -> StageRecord:
-    """This process's part of a run; the first process writes the result."""
+def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: Path, device: torch.device) -> StageRecord:
+    """This process's part of a run; the first process writes the result. `model_config` is the student's configuration."""
     watch = Stopwatch()
     if config.no_mask:
         mask = Mask({name: torch.ones_like(kept) for name, kept in mask.tensors.items()}, sparsity=0.0)
     tokenizer = load_tokenizer(config.student_model, config.trust_remote_code)
     blocks = training_blocks(config, tokenizer)
-    model_config = check_checkpoint("student_model", config.student_model, config.trust_remote_code)
     check_ids("train_data", blocks, model_config)
     evaluation, overlapping = None, 0
     if not config.skip_ppl_eval:
@@ -207,12 +206,16 @@ def write_tensorboard(folder: str, progress: Progress) -> None:
             writer.add_scalar("eval/perplexity", entry["eval_ppl"], int(entry["epoch"]))
 
 
-def check_models(config: DistillConfig, mask: Mask, teacher_folder: str) -> None:
-    """Check the models, mask, sequence lengths and free disk space before weights are read. Raises ValueError."""
-    student = check_checkpoint("student_model", config.student_model, config.trust_remote_code)
+def check_models(config: DistillConfig, mask: Mask, teacher_folder: str) -> Any:
+    """Check the models, mask, sequence lengths and free disk space before weights are read; returns the student's config.
+
+    Raises:
+        ValueError: one of them does not fit.
+    """
+    student, empty = inspect_checkpoint("student_model", config.student_model, config.trust_remote_code)
     teacher = check_checkpoint("teacher_model", teacher_folder, config.trust_remote_code)
     check_dense("student_model", config.student_model, student)
-    check_mask(mask, empty_model("student_model", student, config.trust_remote_code))
+    check_mask(mask, empty)
     words = [model.get_text_config().vocab_size for model in (student, teacher)]
     if words[0] != words[1]:
         raise ValueError(f"teacher_model must have the student's vocabulary of {words[0]} words, got {words[1]}")
@@ -221,3 +224,4 @@ def check_models(config: DistillConfig, mask: Mask, teacher_folder: str) -> None
     if not config.skip_ppl_eval:
         check_seq_len("eval_seq_len", config.eval_seq_len, student)
     check_new("output_dir", config.output_dir, weight_bytes(config.student_model))
+    return student

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from components.core.blocks import check_blocks, find_blocks, linears, report_dense
-from components.core.checkpoint.checks import check_checkpoint, check_dense, check_ids, check_seq_len, empty_model
+from components.core.checkpoint.checks import check_dense, check_ids, check_seq_len, inspect_checkpoint
 from components.core.checkpoint.files import weight_bytes
 from components.core.checkpoint.loading import load_model, load_tokenizer
 from components.core.checkpoint.saving import save_checkpoint
@@ -93,9 +93,8 @@ def check_model(config: PruneConfig, folder: Path) -> Any:
     Raises:
         ValueError: one of them does not fit.
     """
-    model_config = check_checkpoint("dense_model", folder, config.trust_remote_code)
+    model_config, empty = inspect_checkpoint("dense_model", folder, config.trust_remote_code)
     check_dense("dense_model", folder, model_config)
-    empty = empty_model("dense_model", model_config, config.trust_remote_code)
     check_seq_len("seq_len", config.seq_len, model_config)
     if not config.skip_ppl_eval:
         check_seq_len("eval_seq_len", config.eval_seq_len, model_config)

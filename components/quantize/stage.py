@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from components.core.blocks import check_blocks, find_blocks, report_dense
-from components.core.checkpoint.checks import check_checkpoint, check_dense, check_ids, check_seq_len, empty_model
+from components.core.checkpoint.checks import check_dense, check_ids, check_seq_len, inspect_checkpoint
 from components.core.checkpoint.files import weight_bytes
 from components.core.checkpoint.loading import load_model, load_tokenizer
 from components.core.checkpoint.saving import save_checkpoint
@@ -35,9 +35,8 @@ def run(config: QuantizeConfig) -> StageRecord:
     watch = Stopwatch()
     config.check_environment()
     device = pick_device()
-    model_config = check_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
+    model_config, empty = inspect_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
     check_dense("model_dir", config.model_dir, model_config)
-    empty = empty_model("model_dir", model_config, config.trust_remote_code)
     check_blocks("model_dir", *find_blocks("model_dir", empty))
     mask = load_mask(config.mask_file) if config.mask_file else None
     if mask:

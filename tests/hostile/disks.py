@@ -1,9 +1,10 @@
 """Full disks: a stage writes to a disk that is too small by a random amount."""
 
-import ctypes
+import functools
 import os
 import resource
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -13,32 +14,21 @@ from tests.hostile.harness import Case, Kind, Running, flags, leftovers, refusal
 from tests.hostile.kills import VARIANTS
 from tests.hostile.lab import Lab
 from tests.hostile.outputs import REFERENCE, wrong
+from tests.small_disk import SmallDisk
 
 # the last is all that torch lets a full disk be known by in some places
 FULL = ("No space left", "File too large", "of disk", "os error 28", "os error 27", "could not be written")
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
+@functools.cache
 def can_mount() -> bool:
-    """Whether this process may mount a small disk of its own; if not, the size of files is limited instead."""
-    return os.geteuid() == 0 and _LIBC.unshare(0) == 0
-
-
-class SmallDisk:
-    """A disk of so many bytes, mounted at a folder."""
-
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder, self.size = folder, size
-        folder.mkdir()
-
-    def __enter__(self) -> "SmallDisk":
-        options = f"size={self.size}".encode()
-        if _LIBC.mount(b"tmpfs", str(self.folder).encode(), b"tmpfs", 0, options):
-            raise OSError(ctypes.get_errno(), "mounting a disk")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _LIBC.umount2(str(self.folder).encode(), 2)
+    """Whether this process may mount a small disk; if not, the size of files is limited instead."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with SmallDisk(Path(folder) / "disk", 4096):
+                return True
+        except OSError:
+            return False
 
 
 def cases(lab: Lab, random: Random, count: int) -> Iterator[Case]:

@@ -172,9 +172,14 @@ def memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def config_of(stage: str) -> Any:
+    """The settings class of a stage's shell."""
+    return getattr(importlib.import_module(f"components.{stage}.config"), f"{stage.title()}Config")
+
+
 def stage_here(name: str, settings: Mapping[str, Any]) -> Ended:
     """Run a stage to its end in this process, as its shell would with these settings; many times faster than `stage`."""
-    config_class = getattr(importlib.import_module(f"components.{name}.config"), f"{name.title()}Config")
+    config_class = config_of(name)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         kept = os.dup(1), os.dup(2)
         os.dup2(out.fileno(), 1)

@@ -28,7 +28,7 @@ import pipelines.submit
 from components.distill_distributed.config import DistillDistributedConfig
 from components.distill_distributed.node import NodeConfig
 from components.distill_distributed.sweep import SweepConfig
-from tests.hostile.harness import Case, Ended, Kind, Running, flags, leftovers, refusal, resources
+from tests.hostile.harness import Case, Ended, Kind, Running, config_of, flags, leftovers, refusal, resources
 from tests.hostile.lab import Lab
 
 TOKEN = "hf_" + "aBcDeFgH" * 4
@@ -124,11 +124,10 @@ def programs(lab: Lab) -> dict[str, Program]:
     """All commands, by name."""
     made = {}
     for name in ("resolve", "fetch", "tokenize", "prune", "distill", "quantize", "evaluate", "report", "publish"):
-        stage = __import__(f"components.{name}.config", fromlist=["x"])
         good = lab.settings(name)
         if name == "publish":
             good |= {"publish_to": ""}
-        made[name] = Program(f"components.{name}", getattr(stage, f"{name.title()}Config"), good)
+        made[name] = Program(f"components.{name}", config_of(name), good)
     cluster = {"handover": lab.path("handover"), "image": "x"}
     job = lab.settings("distill") | cluster
     made["distill_distributed"] = Program("components.distill_distributed", DistillDistributedConfig, job)

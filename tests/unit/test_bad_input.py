@@ -351,20 +351,6 @@ def test_a_disk_that_says_it_is_full_is_refused_before_any_weights(start, tmp_pa
     assert_refused(start(stage), "output_dir needs about 0.00 GB of disk", tmp_path)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 128 KiB, which is smaller than any of the tiny models."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(place)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"only root may mount a small disk: {error}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.mark.parametrize("stage", WRITERS)
 @pytest.mark.usefixtures("no_weights")
 def test_a_disk_that_is_too_small_is_refused_before_any_weights(start, small_disk, stage):

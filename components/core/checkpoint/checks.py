@@ -25,7 +25,15 @@ FEW = 1000  # modules that any model may have
 
 
 def check_checkpoint(parameter: str, path: str | Path, trust_remote_code: bool = False) -> Any:
-    """Check that a folder holds a checkpoint and return its configuration without reading any weights.
+    """The configuration of a checkpoint; checks and errors as in `inspect_checkpoint`."""
+    return inspect_checkpoint(parameter, path, trust_remote_code)[0]
+
+
+def inspect_checkpoint(parameter: str, path: str | Path, trust_remote_code: bool = False) -> tuple[Any, nn.Module]:
+    """Check that a folder holds a checkpoint, without reading any weights.
+
+    Returns:
+        (its configuration, its model on the meta device, to inspect names and shapes).
 
     Raises:
         ValueError: the path is not a folder, has no readable config.json or no safetensors weights, its configuration is not
@@ -52,7 +60,7 @@ def check_checkpoint(parameter: str, path: str | Path, trust_remote_code: bool =
     held = sum(math.prod(shape) for shape in stored.values())
     if numbers > held * (NUMBERS_PER_PACKED if is_quantized(folder, config) else NUMBERS_PER_NUMBER):
         raise ValueError(f"{parameter} must have a config.json that fits its {held} numbers, got one for {numbers}: {path}")
-    return config
+    return config, model
 
 
 def empty_model(parameter: str, config: Any, trust_remote_code: bool = False) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from components.core.checkpoint.checks import check_checkpoint, empty_model
+from components.core.checkpoint.checks import inspect_checkpoint
 from components.core.checkpoint.files import QUANTO_FILE, stored_shapes
 from components.core.errors import readable
 from components.core.progress import quiet_bars
@@ -25,9 +25,9 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust
     Raises:
         ValueError: the folder is not a checkpoint, or its weights do not match its configuration.
     """
-    config = check_checkpoint("model folder", path, trust_remote_code)
+    config, empty = inspect_checkpoint("model folder", path, trust_remote_code)
     if (Path(path) / QUANTO_FILE).is_file():
-        model = _load_quanto(Path(path), config)
+        model = _load_quanto(Path(path), empty)
         if device.type == "cuda":
             dequantize(model)
     else:
@@ -53,11 +53,11 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust
     return model.to(device).eval()
 
 
-def _load_quanto(folder: Path, config: Any) -> Any:
+def _load_quanto(folder: Path, empty: nn.Module) -> Any:
     """Load a model that optimum-quanto has quantized.
 
     Its loader leaves a weight that it does not find as raw memory, ignores one that it does not know, and takes one of any
-    shape.
+    shape; `empty` has the right ones.
     """
     from optimum.quanto import QuantizedModelForCausalLM
 
@@ -71,7 +71,7 @@ def _load_quanto(folder: Path, config: Any) -> Any:
         names_of[id(tensor)].add(name)
     missing = [sorted(names)[0] for names in names_of.values() if not names & stored]
     _refuse(folder, missing, stored - tensors.keys())
-    expected = dict(empty_model("model folder", config).named_parameters())
+    expected = dict(empty.named_parameters())
     for name, parameter in model.named_parameters():
         _check_shape(folder, name, parameter.shape, expected[name].shape)
         if f"{name}._data" in shapes:  # the parameter would have the shape that it should have, whatever is stored

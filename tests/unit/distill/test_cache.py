@@ -29,19 +29,6 @@ time.sleep(60)
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 128 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", place], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"only root may mount a small disk: {error}")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
-@pytest.fixture
 def user():
     """A function that starts a process with a cache in a folder."""
     started = []

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -178,20 +177,10 @@ def test_sigterm_while_the_library_reads_ends_the_run(begin, whole, monkeypatch)
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(disk_of):
     """A disk with room for one checkpoint of the tiny model but not for two, and a function that makes it larger."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(options, size):
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"{options}size={size}", "tmpfs", place], check=True, capture_output=True)
-
-    try:
-        mount("", "1500k")
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"only root may mount a small disk: {error}")
-    yield place, lambda: mount("remount,", "100m")
-    subprocess.run(["umount", place], check=True)
+    disk = disk_of("1500k")
+    return disk.folder, lambda: disk.enlarge("100m")
 
 
 BACKENDS = [
