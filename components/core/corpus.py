@@ -234,7 +234,12 @@ def _texts(parameter: str, spec: str, table: Any) -> Iterator[str]:
     """Yield the texts of a `datasets` table."""
     if "text" not in table.column_names:
         raise ValueError(f"{parameter} must have a 'text' column, {spec} has {table.column_names}")
-    for row, text in enumerate(table["text"], start=1):
+    rows = enumerate(table["text"], start=1)
+    while True:
+        with readable(f"{parameter} must have text in UTF-8, {spec} has not"):  # it is decoded row by row
+            row, text = next(rows, (0, None))
+        if not row:
+            return
         if not isinstance(text, str):
             raise ValueError(f"{parameter} must have strings as 'text', {spec} has {type(text).__name__} in row {row}")
         yield text

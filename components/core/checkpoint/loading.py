@@ -1,5 +1,6 @@
 """Load a dense, sparse or quantized checkpoint."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,7 +62,8 @@ def _load_quanto(folder: Path, empty: nn.Module) -> Any:
     """
     from optimum.quanto import QuantizedModelForCausalLM
 
-    with readable(f"{folder} must hold weights that optimum-quanto can load"):
+    # of a damaged configuration, torch warns before it fails
+    with readable(f"{folder} must hold weights that optimum-quanto can load"), warnings.catch_warnings(action="ignore"):
         model = QuantizedModelForCausalLM.from_pretrained(folder)._wrapped
     shapes = stored_shapes(folder)
     stored = shapes.keys()

@@ -217,6 +217,15 @@ def test_a_file_that_cannot_be_read_is_named_with_its_parameter(tmp_path, name, 
         load_text("eval_data", str(tmp_path / name), "eval")
 
 
+def test_text_in_a_parquet_file_that_is_not_utf8_is_refused(tmp_path):
+    spec = write_parquet(tmp_path / "a.parquet", text=["first", "second"])
+    content = Path(spec).read_bytes()
+    Path(spec).write_bytes(content.replace(b"second", b"\xff\xfe\xfdond"))
+    assert Path(spec).read_bytes() != content
+    with pytest.raises(ValueError, match=f"^eval_data must have text in UTF-8, {spec} has not"):
+        load_text("eval_data", spec, "eval")
+
+
 def test_a_jsonl_or_parquet_file_without_text_is_refused(tmp_path):
     for spec, rule in (
         (write_jsonl(tmp_path / "a.jsonl", [{"body": "one", "id": 1}]), "an object with a 'text' in each line: line 1 of .*"),
