@@ -5,6 +5,7 @@ service account token, or the current kubectl context. Credentials are never fla
 """
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kfp.client import KF_PIPELINES_SA_TOKEN_ENV, KF_PIPELINES_SA_TOKEN_PATH, Client, ServiceAccountTokenVolumeCredentials
+from kfp.client.client import KF_PIPELINES_ENDPOINT_ENV
 from kfp_server_api import ApiException, V2beta1Pipeline, V2beta1PipelineVersion
 from simple_parsing.helpers import field as flag
 from urllib3.exceptions import HTTPError, MaxRetryError
@@ -81,7 +83,7 @@ def connect(config: ServerConfig) -> Client:
     """Log in and make sure that KFP answers."""
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retry warnings repeat what the final error says
     token_file = Path(os.environ.get(KF_PIPELINES_SA_TOKEN_ENV) or KF_PIPELINES_SA_TOKEN_PATH)
-    with warnings.catch_warnings(action="ignore"):
+    with _looking_around(config.host or os.environ.get(KF_PIPELINES_ENDPOINT_ENV, "")):
         client = _Client(
             host=config.host or None,
             existing_token=os.environ.get(TOKEN, "").strip() or None,
@@ -90,6 +92,21 @@ def connect(config: ServerConfig) -> Client:
         )
     client.get_kfp_healthz()
     return client
+
+
+@contextlib.contextmanager
+def _looking_around(host: str) -> Iterator[None]:
+    """Keep quiet what kfp says while it tries one way to the server after the other; what fails in the end is an error anyway.
+
+    With an address it prints only what somebody who logs in must see.
+    """
+    out = contextlib.nullcontext() if host else contextlib.redirect_stdout(io.StringIO())
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"), out:
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @contextlib.contextmanager

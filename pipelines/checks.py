@@ -1,12 +1,92 @@
-"""Check a run's parameters against the stages' own rules before anything is started."""
+"""Check a run's parameters against the stages' own rules before anything is started.
+
+`run`, `submit` and `schedule` do so, and so does the resolve stage, which is the first one, for runs started in any other way.
+"""
 
 import contextlib
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
+from inspect import Parameter
+from typing import Any, get_origin
 
+import yaml
+
+from components.core.errors import shown
 from components.core.settings import naming
-from pipelines.parameters import Group
+from components.resolve.config import ResolveSettings
+from pipelines.parameters import GROUPS, Group, parameters
+
+# type → (description for error messages, Python types, parser for text)
+TYPES: dict[type, tuple[str, tuple[type, ...], Callable[[str], Any]]] = {
+    str: ("a string", (str,), str),
+    int: ("a whole number", (int,), lambda text: int(text.removesuffix(".0"))),  # for kfp.local, all numbers are floats
+    float: ("a finite number", (int, float), float),
+    bool: ("true or false", (bool,), {"true": True, "false": False}.__getitem__),
+    list: ("a list", (list,), yaml.safe_load),
+    dict: ("a mapping", (dict,), yaml.safe_load),
+}
+# text parameters that the resolve stage takes by themselves; it takes the others in a dictionary, into whose JSON KFP puts text
+# as it is
+ALONE = {entry.name for entry in fields(ResolveSettings)}
+
+
+def pipeline_of(names: Iterable[str]) -> str:
+    """Which of the two pipelines has these parameters."""
+    return "compress-distributed" if "distill_handover" in names else "compress"
+
+
+def converted(pipeline: str, types: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert values to the types of a pipeline's parameters.
+
+    Args:
+        pipeline: its name.
+        types: parameter → type.
+        given: parameter → value; text stands for a value of any type, as in a flag, or as KFP passes values in a dictionary.
+
+    Raises:
+        ValueError: a name or a value is wrong; the message names the parameter, the rule and the value.
+    """
+    for name in given:
+        if name not in types:
+            raise ValueError(f"{name} must be a parameter of {pipeline}, it has {', '.join(sorted(types))}")
+    return {name: _typed(name, types[name], value) for name, value in given.items()}
+
+
+def _typed(name: str, kind: type, value: Any) -> Any:
+    what, classes, parse = TYPES[kind]
+    wrong = ValueError(f"{name} must be {what}, got {shown(value)}")
+    if isinstance(value, str):
+        try:
+            value = parse(value)
+        except (ValueError, KeyError, yaml.YAMLError):
+            raise wrong from None
+    is_other_bool = isinstance(value, bool) and bool not in classes  # in Python a bool is an int
+    is_too_large = isinstance(value, int | float) and not abs(value) <= sys.float_info.max
+    if not isinstance(value, classes) or is_other_bool or is_too_large:
+        raise wrong
+    return value
+
+
+def check_run(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the values of a run of one of the two pipelines where it runs; returns them in their types.
+
+    Args:
+        given: parameter → value, as for `converted`; what is missing has its default.
+
+    Raises:
+        ValueError: as for `converted` and `check_parameters`.
+    """
+    pipeline = pipeline_of(given)
+    made = parameters(GROUPS[pipeline])
+    values = converted(pipeline, {entry.name: get_origin(entry.type) or entry.type for entry in made}, given)
+    for entry in made:
+        if entry.default is Parameter.empty and entry.name not in values:
+            raise ValueError(f"{entry.name} must be given: {pipeline} has no default for it")
+    check_parameters(GROUPS[pipeline], values, on_this_machine=False)
+    return values
 
 
 def check_parameters(groups: Iterable[Group], values: Mapping[str, Any], on_this_machine: bool) -> None:
@@ -31,6 +111,9 @@ def check_parameters(groups: Iterable[Group], values: Mapping[str, Any], on_this
                 with naming(settings):
                     settings.check_environment()
     _check_across_stages(values)
+    for name, value in values.items():
+        if isinstance(value, str) and name not in ALONE and json.dumps(value, ensure_ascii=False) != f'"{value}"':
+            raise ValueError(f"{name} must have no quotation mark, backslash or line break, got {shown(value)}")
 
 
 def _check_across_stages(values: Mapping[str, Any]) -> None:

@@ -31,7 +31,8 @@ class CompileConfig:
     registry: str = ""
     """Registry prefix for the image names, such as ghcr.io/team; empty = no prefix."""
     handover_claim: str = ""
-    """ReadWriteMany volume claim through which compress-distributed exchanges models with its nodes; empty = use a bucket."""
+    """ReadWriteMany volume claim through which compress-distributed exchanges models with its nodes; empty = nodes use the
+    artifacts."""
 
     def __post_init__(self) -> None:
         if self.registry and not REGISTRY.fullmatch(self.registry):

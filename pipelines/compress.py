@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from kfp import dsl, kubernetes
 from kfp.dsl import HTML, Artifact, PipelineTask
 
-from components.distill.component import distill
+from components.distill.component import distill, remove_checkpoints
 from components.fetch.component import fetch
 from components.prune.component import prune
 from components.publish.component import publish
@@ -31,18 +31,24 @@ IMPORTANT = (
 class Outputs(NamedTuple):
     """The outputs of a run: the report's page, and a folder with the page and its numbers."""
 
-    page: HTML
-    summary: Artifact
+    compression_report: HTML
+    report_files: Artifact
 
 
-def stages(p: SimpleNamespace, distillation: Callable[..., PipelineTask]) -> Outputs:
+def stages(
+    p: SimpleNamespace,
+    distillation: Callable[..., PipelineTask],
+    with_places: Callable[[PipelineTask], PipelineTask] = with_store_secret,
+) -> Outputs:
     """Add all stages to the pipeline that is being defined.
 
     Args:
         p: the pipeline's parameters by name.
         distillation: adds the distill stage, given `p` and the keyword arguments dense_model, pruned_model, mask and tokens.
+        with_places: gives a task access to the places that the run writes to.
     """
-    resolved = light(p, call(resolve, p))
+    others = {name: value for name, value in vars(p).items() if name not in resolve.component_spec.inputs}
+    resolved = with_places(light(p, call(resolve, p, parameters=others)))
     # it checks whether anything has changed: the revisions that it returns are part of the cache keys of all later stages
     resolved.set_caching_options(False)
     named = {name: resolved.outputs[name] for name in ("model_id", "model_revision", "train_revision", "eval_revision")}
@@ -65,15 +71,14 @@ def stages(p: SimpleNamespace, distillation: Callable[..., PipelineTask]) -> Out
     with dsl.ParallelFor(p.quantize_formats) as format:
         quantized = call(quantize_format, p, distilled_model=distilled_model, mask=mask, tokens=tokens, format=format)
 
-    records = {"fetched": fetched, "pruned": pruned, "distilled": distilled}
-    stats = {name: task.outputs["stats"] for name, task in records.items()}
-    reported = light(p, call(report, p, **stats, quantized=dsl.Collected(quantized.outputs["stats"])))
-    summary = reported.outputs["summary"]
+    quantized_model = quantized.outputs["quantized_model"]  # whose history holds the records of all stages
+    reported = light(p, call(report, p, models=dsl.Collected(quantized_model)))
+    report_files = reported.outputs["report_files"]
 
     # not inside a condition, where KFP does not pass collected artifacts; if publish_to is empty, it only checks the gate
-    published = light(p, call(publish, p, models=dsl.Collected(quantized.outputs["model"]), summary=summary))
+    published = light(p, call(publish, p, models=dsl.Collected(quantized_model), report_files=report_files))
     with_store_secret(published).set_caching_options(False)  # the contents of publish_to may have changed
-    return Outputs(page=reported.outputs["page"], summary=summary)
+    return Outputs(compression_report=reported.outputs["compression_report"], report_files=report_files)
 
 
 def in_one_pod(p: SimpleNamespace, **inputs: Any) -> PipelineTask:
@@ -81,6 +86,9 @@ def in_one_pod(p: SimpleNamespace, **inputs: Any) -> PipelineTask:
     task = on_gpu(p, "distill", call(distill, p, **inputs))
     # its processes communicate through it; the default in a pod is 64 MB
     kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit="8Gi")
+    removal = light(p, remove_checkpoints(metrics=task.outputs["metrics"], checkpoints=p.distill_checkpoints))
+    for each in (task, removal):
+        with_store_secret(each)
     return task
 
 

@@ -14,23 +14,23 @@ from components.images import GPU_IMAGE
 from pipelines.compress import IMPORTANT as IMPORTANT_IN_ONE_POD
 from pipelines.compress import MODEL_ID, stages
 from pipelines.parameters import GROUPS, call, describe, parameters, takes
-from pipelines.pods import light, on_gpu, with_store_secret
+from pipelines.pods import light, with_store_secret
 
-BUCKET, MOUNT = "minio://mlpipeline/handover", "/handover"
+MOUNT = "/handover"
 IMPORTANT = (*IMPORTANT_IN_ONE_POD[:8], "distill_nodes", "distill_handover")
 
 
 def defaults(handover_claim: str = "") -> dict[str, str]:
     """Defaults that differ from those of the stages' settings."""
-    handover = MOUNT if handover_claim else BUCKET
-    return {"model_id": MODEL_ID, "distill_handover": handover, "distill_image": GPU_IMAGE}
+    return {"model_id": MODEL_ID, "distill_handover": MOUNT if handover_claim else "", "distill_image": GPU_IMAGE}
 
 
 def distributed(handover_claim: str = "") -> Any:
     """Build the pipeline.
 
     Args:
-        handover_claim: ReadWriteMany volume claim for exchanging models, mounted at `/handover`; empty = use a bucket.
+        handover_claim: ReadWriteMany volume claim for exchanging models, mounted at `/handover`; empty = nodes read and write
+            the artifacts themselves.
     """
     made = parameters(GROUPS["compress-distributed"], **defaults(handover_claim))
 
@@ -40,14 +40,13 @@ def distributed(handover_claim: str = "") -> Any:
         return with_store_secret(task)
 
     def on_many_nodes(p: SimpleNamespace, **inputs: Any) -> PipelineTask:
-        # the resources are for the nodes; the launcher itself requests no GPU
-        return with_handover(on_gpu(p, "distill", call(distill_distributed, p, **inputs)))
+        return with_handover(light(p, call(distill_distributed, p, **inputs)))
 
     @dsl.pipeline(name="compress-on-nodes")
     @takes(made)
     def compress_on_nodes(p: SimpleNamespace) -> None:
         """Prune, distil on many nodes, and quantize a language model."""
-        stages(p, on_many_nodes)
+        stages(p, on_many_nodes, with_handover)
 
     @dsl.pipeline(
         name="compress-distributed",
@@ -56,7 +55,8 @@ def distributed(handover_claim: str = "") -> Any:
     @takes(made)
     def compress_distributed(p: SimpleNamespace) -> None:
         """Prune, distil on many nodes, and quantize a language model; however the run ends, no job is left behind."""
-        sweep = light(p, call(sweep_jobs, p, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, handover=p.distill_handover))
+        data = {"handover": p.distill_handover, "checkpoints": p.distill_checkpoints}
+        sweep = light(p, call(sweep_jobs, p, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **data))
         with_handover(sweep).set_caching_options(False)
         with dsl.ExitHandler(sweep):
             # a nested pipeline: an exit handler passes no resource parameters to its tasks and exposes none of their outputs

@@ -1,8 +1,6 @@
 """A compiled pipeline as it is sent to a cluster: its YAML, the name of its version, and values for its parameters."""
 
 import hashlib
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +12,20 @@ from components.core.errors import shown
 from components.core.models import SMOLLM2, check_model_id
 from components.core.reading import read_limited
 from components.images import VERSION
-from pipelines.checks import check_parameters
+from pipelines.checks import check_parameters, converted, pipeline_of
 from pipelines.parameters import GROUPS
 
 COMPILED = Path(__file__).with_name("compiled")
 SIGNS = {"model_id", "train_data", "eval_data"}  # parameters by which a compression pipeline is recognised
 
-# parameter type in a pipeline spec → (description for error messages, Python types, parser for a flag's text)
-TYPES: dict[str, tuple[str, tuple[type, ...], Callable[[str], Any]]] = {
-    "STRING": ("a string", (str,), str),
-    "NUMBER_INTEGER": ("a whole number", (int,), int),
-    "NUMBER_DOUBLE": ("a finite number", (int, float), float),
-    "BOOLEAN": ("true or false", (bool,), {"true": True, "false": False}.__getitem__),
-    "LIST": ("a list", (list,), yaml.safe_load),
-    "STRUCT": ("a mapping", (dict,), yaml.safe_load),
-}
+TYPES = {
+    "STRING": str,
+    "NUMBER_INTEGER": int,
+    "NUMBER_DOUBLE": float,
+    "BOOLEAN": bool,
+    "LIST": list,
+    "STRUCT": dict,
+}  # parameter type in a pipeline spec → type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +40,8 @@ class Package:
     """Its YAML."""
     parameters: dict[str, dict[str, Any]]
     """Parameter → its definition in the YAML: parameterType, defaultValue, isOptional."""
+    types: dict[str, type]
+    """Parameter → its type."""
 
     @property
     def version(self) -> str:
@@ -72,7 +71,9 @@ def read_package(pipeline: str, cache: bool = True) -> Package:
         if not cache:
             _switch_cache_off(spec)
             content = yaml.safe_dump_all([spec, *platform]).encode()
-        return Package(name=about["name"], description=about.get("description", ""), content=content, parameters=parameters)
+        types = {name: TYPES[definition["parameterType"]] for name, definition in parameters.items()}
+        about = {"name": about["name"], "description": about.get("description", "")}
+        return Package(**about, content=content, parameters=parameters, types=types)
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"pipeline must be a compiled KFP v2 pipeline, got {path}") from None
 
@@ -104,10 +105,7 @@ def read_parameters(package: Package, params: str, assignments: list[str]) -> di
         if not sign or not name:
             raise ValueError(f"set must be name=value, got {shown(assignment)}")
         given[name] = text
-    for name in given:
-        if name not in package.parameters:
-            raise ValueError(f"{name} must be a parameter of {package.name}, it has {', '.join(sorted(package.parameters))}")
-    values = {name: _typed(name, package.parameters[name], value) for name, value in given.items()}
+    values = converted(package.name, package.types, given)
     defaults = {}
     for name, definition in package.parameters.items():
         if "defaultValue" in definition:
@@ -116,8 +114,7 @@ def read_parameters(package: Package, params: str, assignments: list[str]) -> di
             raise ValueError(f"{name} must be given: {package.name} has no default for it")
     all_values = defaults | values
     if all_values.keys() >= SIGNS:
-        pipeline = "compress-distributed" if "distill_handover" in all_values else "compress"
-        check_parameters(GROUPS[pipeline], all_values, on_this_machine=False)
+        check_parameters(GROUPS[pipeline_of(all_values)], all_values, on_this_machine=False)
         _check_places(all_values, package)
     return values
 
@@ -130,20 +127,6 @@ def _read_file(params: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"params must map parameters to values, got {type(found).__name__} in {params}")
     return found
-
-
-def _typed(name: str, definition: dict[str, Any], value: Any) -> Any:
-    what, classes, parse = TYPES[definition["parameterType"]]
-    wrong = ValueError(f"{name} must be {what}, got {shown(value)}")
-    if isinstance(value, str):  # a flag, or a number that YAML reads as text, such as 2e-5
-        try:
-            value = parse(value)
-        except (ValueError, KeyError, yaml.YAMLError):
-            raise wrong from None
-    is_other_bool = isinstance(value, bool) and bool not in classes  # in Python a bool is an int
-    if not isinstance(value, classes) or is_other_bool or (isinstance(value, float) and not math.isfinite(value)):
-        raise wrong
-    return value
 
 
 def _default(definition: dict[str, Any]) -> Any:

@@ -1,36 +1,33 @@
 """The pipelines' parameters, derived from the stages' settings: their names, types, defaults and help.
 
 A setting of one stage is called `<stage>_<field>`, since the KFP UI lists parameters alphabetically and shows only name and
-type; a setting that several stages share keeps the field's name. A pipeline offers those settings of a stage that the stage's
-component takes.
+type; a setting that several stages share keeps the field's name. A pipeline offers all settings of a stage but those that the
+stage leaves out, which are those that its component does not take.
+
+Without kfp, most of which cannot be imported where a stage runs: the resolve stage reads the parameters too.
 """
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, get_type_hints
 
-from kfp.dsl import PipelineTask
 from simple_parsing.docstring import get_attribute_docstring
 
 from components.core.settings import Settings
-from components.distill.component import distill
-from components.distill.config import DistillSettings
-from components.distill_distributed.component import distill_distributed
+from components.distill.config import NOT_IN_PIPELINES as NOT_OF_DISTILL
+from components.distill.config import CheckpointSettings, DistillSettings
+from components.distill_distributed.config import NOT_IN_PIPELINES as NOT_OF_JOB
 from components.distill_distributed.config import JobSettings
-from components.prune.component import prune
+from components.prune.config import NOT_IN_PIPELINES as NOT_OF_PRUNE
 from components.prune.config import PruneSettings
-from components.publish.component import publish
 from components.publish.config import PublishSettings
-from components.quantize.component import quantize
 from components.quantize.config import FormatsSettings, QuantizeSettings
-from components.resolve.component import resolve
-from components.resolve.config import ResolveConfig
-from components.tokenize.component import tokenize
+from components.resolve.config import ResolveSettings
 from components.tokenize.config import TokenizeSettings
-from pipelines.pods import PodSettings
+from pipelines.sizes import PodSettings
 
 SHARED = (
     "model_id", "train_data", "eval_data", "nsamples", "seq_len", "seed", "dtype", "eval_blocks", "eval_seq_len",
@@ -45,41 +42,40 @@ class Group:
     Attributes:
         stage: the stage they belong to; `pods` for the sizes of the pods, whose fields are named as the pipeline names them.
         settings: the class that defines them.
-        component: only the settings that it takes are offered; None = all are.
+        left_out: the fields that are not offered.
     """
 
     stage: str
     settings: type[Settings]
-    component: Any = None
+    left_out: Collection[str] = ()
 
     def names(self) -> dict[str, str]:
         """Field → parameter."""
-        offered = self.component.component_spec.inputs if self.component else None
         fields = (entry.name for entry in dataclasses.fields(self.settings))
-        return {name: pipeline_name(self.stage, name) for name in fields if offered is None or name in offered}
+        return {name: pipeline_name(self.stage, name) for name in fields if name not in self.left_out}
 
     def required(self) -> set[str]:
         """Fields without a default."""
         return {name for name in self.names() if default_of(self.settings, name) is inspect.Parameter.empty}
 
 
-def _groups(distillation: Group) -> tuple[Group, ...]:
+def _groups(*distillation: Group) -> tuple[Group, ...]:
     return (
-        Group("resolve", ResolveConfig, resolve),
-        Group("tokenize", TokenizeSettings, tokenize),
-        Group("prune", PruneSettings, prune),
-        distillation,
+        Group("resolve", ResolveSettings),
+        Group("tokenize", TokenizeSettings),
+        Group("prune", PruneSettings, NOT_OF_PRUNE),
+        *distillation,
         Group("quantize", FormatsSettings),
-        Group("quantize", QuantizeSettings, quantize),
-        Group("publish", PublishSettings, publish),
+        Group("quantize", QuantizeSettings),
+        Group("publish", PublishSettings),
         Group("pods", PodSettings),
     )
 
 
 # pipeline → the settings that it offers
 GROUPS = {
-    "compress": _groups(Group("distill", DistillSettings, distill)),
-    "compress-distributed": _groups(Group("distill", JobSettings, distill_distributed)),
+    "compress": _groups(Group("distill", DistillSettings, NOT_OF_DISTILL), Group("distill", CheckpointSettings)),
+    "compress-distributed": _groups(Group("distill", JobSettings, NOT_OF_JOB)),
 }
 
 
@@ -174,8 +170,8 @@ def takes(made: list[Parameter]) -> Callable[[Callable[..., Any]], Callable[...,
     return decorate
 
 
-def call(component: Any, p: SimpleNamespace, **bound: Any) -> PipelineTask:
-    """Add a task to the pipeline that is being defined.
+def call(component: Any, p: SimpleNamespace, **bound: Any) -> Any:
+    """Add a task to the pipeline that is being defined, and return it.
 
     Args:
         component: a component, or a pipeline inside a pipeline.

@@ -1,48 +1,15 @@
-"""What a stage's pod gets (CPU, memory, GPUs, retries, secrets), and the parameters for its size."""
+"""What a stage's pod gets: CPU, memory, GPUs, retries, secrets."""
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 from kfp import kubernetes
 from kfp.dsl import PipelineTask
-
-from components.core.settings import Settings
 
 # optional secret → its keys as variables: that of KFP's own object store, and one for s3:// if pods have no IAM role
 STORE_SECRETS = {
     "mlpipeline-minio-artifact": {"accesskey": "MINIO_ACCESS_KEY", "secretkey": "MINIO_SECRET_KEY"},
     "sparse-distill-s3": {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"},
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class PodSettings(Settings):
-    """The resources of a run's pods."""
-
-    gpu_type: str = "nvidia.com/gpu"
-    """Resource name of the GPUs."""
-    prune_gpus: int = 1
-    """GPUs of the prune stage; 0 runs it on the CPU."""
-    prune_cpu: str = "4"
-    """CPU limit of the prune stage."""
-    prune_memory: str = "16Gi"
-    """Memory limit of the prune stage."""
-    distill_gpus: int = 1
-    """GPUs of the distill stage, or of each node if there are several; 0 runs it on the CPU."""
-    distill_cpu: str = "8"
-    """CPU limit of the distill stage, or of each node if there are several."""
-    distill_memory: str = "32Gi"
-    """Memory limit of the distill stage, or of each node if there are several."""
-    quantize_gpus: int = 1
-    """GPUs of each quantize stage; 0 runs it on the CPU."""
-    quantize_cpu: str = "4"
-    """CPU limit of each quantize stage."""
-    quantize_memory: str = "16Gi"
-    """Memory limit of each quantize stage."""
-    light_cpu: str = "2"
-    """CPU limit of resolve, fetch, tokenize, report and publish."""
-    light_memory: str = "8Gi"
-    """Memory limit of resolve, fetch, tokenize, report and publish."""
 
 
 def light(p: SimpleNamespace, task: PipelineTask) -> PipelineTask:

@@ -14,17 +14,17 @@ from kfp.dsl import Artifact, Dataset, Input, Model
 from components.quantize.component import quantize
 from components.quantize.config import QuantizeSettings
 from pipelines.parameters import Group, call, parameters, takes
-from pipelines.pods import PodSettings, on_gpu
+from pipelines.pods import on_gpu
+from pipelines.sizes import PodSettings
 
 SIZES = [entry for entry in parameters([Group("pods", PodSettings)]) if entry.name.startswith(("gpu_type", "quantize_"))]
-TAKEN = [*parameters([Group("quantize", QuantizeSettings, quantize)]), *SIZES]
+TAKEN = [*parameters([Group("quantize", QuantizeSettings)]), *SIZES]
 
 
 class Quantized(NamedTuple):
-    """A model in one format, and its record."""
+    """A model in one format."""
 
-    model: Model
-    stats: Artifact
+    quantized_model: Model
 
 
 @dsl.pipeline(name="quantize-format")
@@ -35,4 +35,4 @@ def quantize_format(
     """Quantize to one format."""
     inputs = {"distilled_model": distilled_model, "mask": mask, "tokens": tokens, "format": format}
     task = on_gpu(p, "quantize", call(quantize, p, **inputs))
-    return Quantized(model=task.outputs["quantized_model"], stats=task.outputs["stats"])
+    return Quantized(quantized_model=task.outputs["quantized_model"])

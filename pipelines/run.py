@@ -26,8 +26,8 @@ from pipelines.checks import check_parameters
 from pipelines.compress import MODEL_ID, compress
 from pipelines.local_stages import LocalStages
 from pipelines.parameters import GROUPS, parameters
-from pipelines.pods import PodSettings
 from pipelines.run_folder import TEMPORARY, check_run_dir, remove_unfinished, used_alone
+from pipelines.sizes import PodSettings
 from pipelines.transcript import log_file
 
 HERE = [group for group in GROUPS["compress"] if group.settings is not PodSettings]
@@ -52,12 +52,12 @@ def settings_class() -> type:
     return made_class
 
 
-def show(summary: Path, log_file: Path) -> None:
+def show(report_files: Path, log_file: Path) -> None:
     """Print the final table and the paths of the log and the report."""
     table = Table(title="Compressed")
     for column in ("stage", "perplexity", "sparsity", "size MB", "seconds", "peak GB"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    for row in read_json(summary / REPORT_SUMMARY, dict[str, Any])["rows"]:
+    for row in read_json(report_files / REPORT_SUMMARY, dict[str, Any])["rows"]:
         table.add_row(
             row["name"],
             _number(row["perplexity"], 1, 2),
@@ -69,7 +69,7 @@ def show(summary: Path, log_file: Path) -> None:
     console = Console()
     console.print(table)
     console.print(f"full log: {log_file}", soft_wrap=True)
-    console.print(f"report: {summary / REPORT_PAGE}", soft_wrap=True)
+    console.print(f"report: {report_files / REPORT_PAGE}", soft_wrap=True)
 
 
 def _number(value: float | None, unit: float, digits: int) -> str:
@@ -90,12 +90,12 @@ def main() -> None:
                 values[name] = str(Path(values[name]).absolute())
     try:
         with errors_in_one_line(), used_alone(run_dir) as lock:
-            summary = run(run_dir, lock, values)
+            report_files = run(run_dir, lock, values)
     except RuntimeError as error:
         fail(error)
     except KeyboardInterrupt:  # before the stages
         raise SystemExit(128 + signal.SIGINT) from None
-    show(summary, run_dir / LOG)
+    show(report_files, run_dir / LOG)
 
 
 def run(run_dir: Path, lock: TextIO, values: dict[str, Any]) -> Path:
@@ -113,7 +113,8 @@ def run(run_dir: Path, lock: TextIO, values: dict[str, Any]) -> Path:
         stages = LocalStages(run_dir, lock, log, terminal)
         try:
             with stages.in_charge():
-                outputs = compress(**values).outputs
+                # there are no pods here, so the number of processes need not be that of a pod's GPUs
+                outputs = compress(**values, distill_gpus=0).outputs
         except RuntimeError as error:  # the failing stage's own lines are above; kfp's traceback would bury them
             if stages.stopped_by:
                 print(f"stopped; the same command with --run_dir {run_dir} goes on from here", file=sys.stderr)
@@ -121,7 +122,7 @@ def run(run_dir: Path, lock: TextIO, values: dict[str, Any]) -> Path:
             error.args = (f"{error}; the full log is {run_dir / LOG}",)
             raise
     remove_unfinished(run_dir)
-    return Path(outputs["summary"].path)
+    return Path(outputs["report_files"].path)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 One run at a time, with no catch-up for runs missed while a schedule was paused or an earlier run was still active.
 """
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -17,6 +18,7 @@ from components.core.settings import naming
 from pipelines.api import PipelineConfig, ServerConfig, connect, everything, plain_errors, upload
 from pipelines.cron import six_fields
 from pipelines.package import read_package, read_parameters
+from pipelines.watch import FINISHED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,10 @@ class ResumeConfig(NamedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DeleteConfig(NamedConfig):
-    """Delete a schedule; the records of its runs are kept."""
+    """Delete a schedule and, as KFP does, the workflows and pods of its runs; the runs' records are kept."""
+
+    force: bool = False
+    """Delete it although one of its runs is going on; that run ends at once, without its exit handler."""
 
 
 Command = CreateConfig | ListConfig | PauseConfig | ResumeConfig | DeleteConfig
@@ -144,13 +149,39 @@ def change(config: NamedConfig) -> None:
     if len(found) != 1:
         ids = ", ".join(each.recurring_run_id for each in found) or "none"
         raise ValueError(f"name must be that of one schedule, or an id, got {config.name!r}: {ids} found")
+    (schedule,) = found
+    if isinstance(config, DeleteConfig):
+        delete(client, schedule, config.force)
+        return
     act, done = {
         PauseConfig: (client.disable_recurring_run, "paused"),
         ResumeConfig: (client.enable_recurring_run, "resumed"),
-        DeleteConfig: (client.delete_recurring_run, "deleted"),
     }[type(config)]
-    act(found[0].recurring_run_id)
-    log(f"{done}  {found[0].recurring_run_id}  {found[0].display_name}")
+    act(schedule.recurring_run_id)
+    log(f"{done}  {schedule.recurring_run_id}  {schedule.display_name}")
+
+
+def delete(client: Client, schedule: Any, force: bool) -> None:
+    """Delete a schedule, unless one of its runs is going on and `force` is not set."""
+    going_on = runs_going_on(client, schedule)
+    if going_on and not force:
+        raise ValueError(
+            f"force must be given to delete {schedule.display_name!r} now: its run {going_on[0]} is going on, and KFP would "
+            f"delete the run's workflow with it; to end the run first: submit.py --run_id {going_on[0]} --terminate"
+        )
+    client.delete_recurring_run(schedule.recurring_run_id)
+    log(f"deleted  {schedule.recurring_run_id}  {schedule.display_name}")
+    log("with it KFP deletes the workflows and pods of its runs; their records and artifacts stay")
+    for run_id in going_on:
+        log(f"run {run_id} was going on: it ends now, without its exit handler")
+
+
+def runs_going_on(client: Client, schedule: Any) -> list[str]:
+    """Ids of the schedule's runs that have not ended."""
+    unfinished = [{"operation": "NOT_EQUALS", "key": "state", "stringValue": state} for state in FINISHED]
+    where = {"experiment_id": schedule.experiment_id, "filter": json.dumps({"predicates": unfinished})}
+    runs = everything(client.list_runs, "runs", **where)
+    return [run.run_id for run in runs if run.recurring_run_id == schedule.recurring_run_id]
 
 
 def main() -> None:

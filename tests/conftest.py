@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
+from components.core import retry
 from tests.small_disk import SmallDisk
 
 VOCABULARY = 256
@@ -116,3 +117,9 @@ def disk_of(tmp_path):
 def small_disk(disk_of) -> Path:
     """A disk of 128 KiB, which is smaller than any of the tiny models."""
     return disk_of("128k").folder
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    """Requests that are sent again need not wait for servers on this machine."""
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)

@@ -4,6 +4,7 @@ gs:// is gcp-storage-emulator or tests/gcs_server.py (which has the calls that t
 precondition that an object must not exist, and runs in a separate process), s3:// and minio:// are moto's server.
 """
 
+import re
 import subprocess
 import sys
 import threading
@@ -75,6 +76,13 @@ def connect(servers, monkeypatch):
             monkeypatch.setenv("MINIO_ENDPOINT", servers["s3"].removeprefix("http://"))
 
     return to
+
+
+def demands(region: str, key: str):
+    """A fault for `tests.faulty_server`: requests are refused unless they are signed for a region and by a key."""
+    return lambda _, __, headers: (
+        None if re.search(f"Credential={key}/[0-9]+/{region}/s3/", headers.get("Authorization", "")) else 403
+    )
 
 
 def place_of(scheme: str, tmp_path: Path) -> str:

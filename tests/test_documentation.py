@@ -10,7 +10,9 @@ from components.distill.config import DistillConfig
 from components.evaluate.config import EvaluateConfig
 from components.fetch.config import FetchConfig
 from components.prune.config import PruneConfig
+from components.publish.config import PublishConfig
 from components.quantize.config import QuantizeConfig
+from components.report.config import ReportConfig
 from pipelines.cron import six_fields
 from pipelines.package import read_package, read_parameters
 from pipelines.parameters import GROUPS, parameters
@@ -26,6 +28,8 @@ STAGES = {
     "distill": DistillConfig,
     "quantize": QuantizeConfig,
     "evaluate": EvaluateConfig,
+    "report": ReportConfig,
+    "publish": PublishConfig,
 }
 
 
@@ -47,9 +51,10 @@ def test_the_stages_commands_are_understood(stage, tmp_path, monkeypatch):
     first = next(line for line in lines if line.startswith(f"python -m components.{stage} "))
     command = first.split()[3:]
     made_here = command[command.index("--output_dir") + 1] if "--output_dir" in command else None
-    for folder in {"dense", "pruned", "distilled", "int8"} - {made_here}:
+    for folder in {"dense", "pruned", "distilled", "int8", "report"} - {made_here}:
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "sparsity_mask.safetensors").touch()
+        for file in ("sparsity_mask.safetensors", "compression.json", "report.html", "summary.json"):
+            (tmp_path / folder / file).touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [stage, *command])
     config = parse(STAGES[stage])

@@ -7,6 +7,10 @@ from collections.abc import Collection
 from components.core.errors import shown
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+# Kubernetes would take 16m for memory too, as 0.016 bytes
+CPU = re.compile(r"(?=.*[1-9])([0-9]{1,9}(\.[0-9]{1,9})?|[0-9]{1,12}m)")
+MEMORY = re.compile(r"(?=.*[1-9])[0-9]{1,18}(\.[0-9]{1,9})?([kMGTPE]|[KMGTPE]i)?")
+RESOURCE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
 
 def check_at_least(parameter: str, value: float, low: float) -> None:
@@ -55,6 +59,31 @@ def check_not_empty(parameter: str, value: str) -> None:
     """Check that `value` is not empty."""
     if not value.strip():
         raise ValueError(f"{parameter} must be given, got {value!r}")
+
+
+def check_gpus(parameter: str, value: int) -> None:
+    """Check that `value` is a number of GPUs."""
+    check_at_least(parameter, value, 0)
+
+
+def check_cpu(parameter: str, value: str) -> None:
+    """Check that `value` is an amount of CPU above 0 in Kubernetes' format."""
+    _check_format(parameter, value, CPU, "a number of CPUs such as 4, 0.5 or 500m")
+
+
+def check_memory(parameter: str, value: str) -> None:
+    """Check that `value` is an amount of memory above 0 in Kubernetes' format."""
+    _check_format(parameter, value, MEMORY, "an amount of memory such as 16Gi")
+
+
+def check_resource(parameter: str, value: str) -> None:
+    """Check that `value` is the name of a resource of Kubernetes' nodes."""
+    _check_format(parameter, value, RESOURCE, "the name of a resource such as nvidia.com/gpu")
+
+
+def _check_format(parameter: str, value: str, form: re.Pattern[str], what: str) -> None:
+    if not form.fullmatch(value):
+        raise ValueError(f"{parameter} must be {what}, got {shown(value)}")
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:

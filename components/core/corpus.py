@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from components.core.errors import readable, shown
 from components.core.files import content_fingerprint, stat_fingerprint
-from components.core.hub import hub_errors
+from components.core.hub import from_hub
 from components.core.reading import parse_json
 
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
@@ -122,8 +122,7 @@ def resolve_corpus(parameter: str, spec: str) -> str:
         return stat_fingerprint([Path(spec)] if Path(spec).is_file() else _folder_files(Path(spec)))
     from huggingface_hub import HfApi
 
-    with hub_errors(parameter, spec):
-        commit = HfApi().dataset_info(spec.partition(":")[0]).sha
+    commit = from_hub(parameter, spec, lambda: HfApi().dataset_info(spec.partition(":")[0]).sha)
     assert commit is not None
     return commit
 

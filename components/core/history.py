@@ -1,15 +1,17 @@
 """What was done to a model: the record of each stage, and the model's history, which lists them in order.
 
-The full record is in `<stage>_stats.json`; its summary is the last step of the history in `compression.json`, which also
-names the model's source. The report and publish stages read nothing else, so nothing here needs torch.
+A checkpoint has its history in `compression.json`: its source, and a summary of each step's record. Beside it are the whole
+records of all steps, in `<stage>_stats.json`: every stage hands on those of the checkpoint that it starts from. The report and
+publish stages read nothing else, so nothing here needs torch.
 """
 
 import importlib.metadata
 import platform
 import resource
+import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -17,6 +19,7 @@ from typing_extensions import TypedDict  # what pydantic needs before Python 3.1
 
 from components.core.checkpoint.files import weight_bytes
 from components.core.files import write_json
+from components.core.progress import log
 from components.core.reading import read_json
 
 HISTORY_FILE = "compression.json"
@@ -75,6 +78,10 @@ class StageRecord:
         """The record as a dictionary, without the details."""
         return {name: value for name, value in asdict(self).items() if name != "details"}
 
+    def is_step_of(self, other: "StageRecord") -> bool:
+        """Whether both are records of one step, with or without its details."""
+        return replace(self, details={}) == replace(other, details={})
+
     def save(self, path: Path) -> None:
         """Write the whole record as JSON."""
         write_json(path, asdict(self))
@@ -101,11 +108,39 @@ def read_history(folder: str | Path) -> History:
     return {"format": 1, "source": {"model_id": str(folder), "revision": None}, "steps": []}
 
 
-def write_history(folder: Path, history: History, record: StageRecord) -> None:
-    """Write `compression.json` with the record's summary as the last step, and the whole record beside it.
+def read_steps(folder: str | Path) -> list[StageRecord]:
+    """The steps of a checkpoint's history, each with its details.
+
+    Of a stage that ran several times, only the last step has them: earlier ones have had their whole record replaced.
+
+    Raises:
+        ValueError: a file is not a history or not a record.
+    """
+    history = read_history(folder)
+    steps = [StageRecord(**step) for step in history["steps"]]
+    for file in _record_files(folder, history):
+        whole = StageRecord.load(file)
+        same = [step for step in steps if step.is_step_of(whole)]
+        for step in same:
+            step.details = whole.details
+        if not same:
+            log(f"{file} is not the record of a step in {HISTORY_FILE}: it is left out")
+    return steps
+
+
+def write_history(folder: Path, history: History, record: StageRecord, made_from: str | Path) -> None:
+    """Write `compression.json` with the record's summary as the last step, and the whole records of all steps beside it.
 
     Adds `bytes`, the size of the folder's weights, to the record's measurements.
+
+    Args:
+        folder: the new checkpoint.
+        history: the history of the checkpoint that it was made from.
+        record: the step that made it.
+        made_from: that checkpoint's folder, which has the whole records of the earlier steps.
     """
+    for file in _record_files(made_from, history):
+        shutil.copyfile(file, folder / file.name)
     record.measured["bytes"] = weight_bytes(folder)
     write_json(folder / HISTORY_FILE, history | {"steps": [*history["steps"], record.summary()]})
     record.save(folder / stats_file(record.stage))
@@ -114,6 +149,12 @@ def write_history(folder: Path, history: History, record: StageRecord) -> None:
 def stats_file(stage: str) -> str:
     """File name of a stage's record in its output folder, e.g. `distill_stats.json`."""
     return f"{stage}_stats.json"
+
+
+def _record_files(folder: str | Path, history: History) -> list[Path]:
+    """The files in a checkpoint's folder that hold whole records of steps in its history."""
+    names = {stats_file(step["stage"]) for step in history["steps"]}
+    return [file for file in sorted(Path(folder).glob(stats_file("*"))) if file.name in names and file.is_file()]
 
 
 def known_perplexity(history: History, text: str) -> float | None:
@@ -160,10 +201,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def log_metrics(record: StageRecord, metrics: Any, stats_path: str = "") -> None:
-    """Log a record's numbers to a KFP `Metrics` artifact and, if `stats_path` is given, write the whole record there."""
+def log_metrics(record: StageRecord, metrics: Any, prefix: str = "") -> None:
+    """Log a record's numbers to a KFP `Metrics` artifact.
+
+    Args:
+        record: what the stage returned.
+        metrics: the artifact.
+        prefix: in front of each name, where a run has the stage several times: KFP compares runs by stage and name.
+    """
     for name, value in record.measured.items():
         if isinstance(value, int | float):
-            metrics.log_metric(name, value)
-    if stats_path:
-        record.save(Path(stats_path))
+            metrics.log_metric(f"{prefix}{name}", value)

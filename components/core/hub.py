@@ -1,11 +1,49 @@
-"""Errors of the Hugging Face hub, explained to the user."""
+"""Requests to the Hugging Face hub, and its errors, explained to the user."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from components.core.retry import TRANSIENT, TransientError, retried
+
+T = TypeVar("T")
+
+
+def from_hub(parameter: str, name: str, ask: Callable[[], T]) -> T:
+    """What the hub answers; a request is sent again if the hub is busy or the connection breaks.
+
+    Args:
+        parameter: name of the setting, for the error message.
+        name: its value.
+        ask: sends the request by the hub's client.
+
+    Raises:
+        ValueError: the hub refuses or does not answer; in one line, which says what to do.
+    """
+    from huggingface_hub import errors
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    def once() -> T:
+        try:
+            return ask()
+        except errors.OfflineModeIsEnabled:
+            raise
+        except (HTTPError, errors.LocalEntryNotFoundError) as error:
+            response = getattr(error, "response", None)  # None: there was no answer
+            if response is not None and response.status_code not in TRANSIENT:
+                raise
+            raise TransientError(f"the hub does not answer: {error}") from error
+
+    with _explained(parameter, name):
+        try:
+            return retried(once)
+        except TransientError as error:
+            raise error.__cause__ or error from None
+    raise AssertionError  # for mypy, which takes the errors for suppressed
 
 
 @contextlib.contextmanager
-def hub_errors(parameter: str, name: str) -> Iterator[None]:
+def _explained(parameter: str, name: str) -> Iterator[None]:
     """Turn exceptions of the hub's client into a one-line ValueError that says what to do."""
     from huggingface_hub import errors
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]

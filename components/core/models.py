@@ -7,11 +7,12 @@ import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 from components.core.errors import shown
 from components.core.files import new_directory, stat_fingerprint
 from components.core.history import History, read_history
-from components.core.hub import hub_errors
+from components.core.hub import from_hub
 from components.core.progress import quiet_bars
 
 SMOLLM2 = "builtin:smollm2-135m"
@@ -54,8 +55,7 @@ def resolve_model(model_id: str, parameter: str = "model_id") -> tuple[str, str]
     name, _, revision = model_id.partition("@")
     from huggingface_hub import HfApi
 
-    with hub_errors(parameter, model_id):
-        commit = HfApi().model_info(name, revision=revision or None).sha
+    commit = from_hub(parameter, model_id, lambda: HfApi().model_info(name, revision=revision or None).sha)
     assert commit is not None
     return name, commit
 
@@ -77,10 +77,8 @@ def local_folder(model_id: str, revision: str | None = None, parameter: str = "m
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # it would draw them without a terminal as well
-    with hub_errors(parameter, model_id):
-        folder = Path(
-            snapshot_download(name, revision=revision or suffix or None, allow_patterns=HUB_FILES, ignore_patterns="*/*")
-        )
+    options: dict[str, Any] = {"revision": revision or suffix or None, "allow_patterns": HUB_FILES, "ignore_patterns": "*/*"}
+    folder = Path(from_hub(parameter, model_id, lambda: snapshot_download(name, **options)))
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{parameter} must have safetensors weights (pickled ones are never read), {model_id} has none")
     return folder

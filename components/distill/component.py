@@ -2,7 +2,7 @@
 
 from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
 
-from components.images import gpu_pod
+from components.images import gpu_pod, launcher_pod
 
 
 @gpu_pod()
@@ -12,7 +12,6 @@ def distill(
     mask: Input[Artifact],
     tokens: Input[Dataset],
     distilled_model: Output[Model],
-    stats: Output[Artifact],
     metrics: Output[Metrics],
     seq_len: int,
     epochs: int,
@@ -42,13 +41,16 @@ def distill(
     eval_seq_len: int,
     skip_ppl_eval: bool,
     trust_remote_code: bool,
+    checkpoints: str,
 ) -> None:
     """Distil the dense teacher into the sparse student."""
     from components.core.history import log_metrics
     from components.core.settings import configure
+    from components.core.storage import session_of, use_session
     from components.distill.config import DistillConfig, checkpoint_dir_here
     from components.distill.stage import run
 
+    use_session(session_of(dense_model.uri, dense_model.metadata))
     config = configure(
         DistillConfig,
         locals(),
@@ -58,7 +60,19 @@ def distill(
         output_dir=distilled_model.path,
         train_data=tokens.path,
         eval_data=tokens.path,
-        checkpoint_dir=checkpoint_dir_here(backend, keep_best),
+        checkpoint_dir=checkpoint_dir_here(checkpoints, distilled_model.uri, backend, keep_best),
     )
     record = run(config)
-    log_metrics(record, metrics, stats.path)
+    log_metrics(record, metrics)
+
+
+@launcher_pod()
+def remove_checkpoints(metrics: Input[Metrics], checkpoints: str) -> None:
+    """Remove the checkpoints of a training whose model KFP has stored; until then, a lost pod still needs them."""
+    from components.core.storage import is_bucket, remove, session_of, use_session
+    from components.distill.config import checkpoints_of_run
+
+    place = checkpoints_of_run(checkpoints, metrics.uri)
+    if place and is_bucket(metrics.uri):
+        use_session(session_of(metrics.uri, metrics.metadata))
+        remove(place)

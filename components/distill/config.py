@@ -19,7 +19,8 @@ from components.core.corpus import WIKITEXT2, check_data, check_held_out
 from components.core.files import check_folder, check_new
 from components.core.models import check_model_id
 from components.core.reading import read_json
-from components.core.settings import EXECUTION, INPUT, OUTPUT, START, BlockSettings, EvalSettings, ModelSettings
+from components.core.settings import EXECUTION, INPUT, OUTPUT, START, BlockSettings, EvalSettings, ModelSettings, Settings
+from components.core.storage import check_place, check_writable, is_bucket, run_place
 
 BACKENDS = ("none", "fsdp", "deepspeed")
 LAUNCHERS = ("python", "torchrun", "accelerate")
@@ -36,13 +37,47 @@ NOT_IN_PIPELINES = {
 CHECKPOINT_VARIABLE = "DISTILL_CHECKPOINT_DIR"
 
 
-def checkpoint_dir_here(backend: str, keep_best: bool) -> str:
-    """The folder for checkpoints that `pipelines/run.py` gives to this process; empty = none.
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings(Settings):
+    """Where a pipeline keeps the checkpoints of training."""
 
-    It is not a parameter of the pipeline, since a pod's disk is lost with the pod. DeepSpeed with `keep_best` has no
-    checkpoints, see `DistillConfig`.
+    checkpoints: str = field(default="auto", metadata=OUTPUT)
+    """Where a pipeline keeps checkpoints, from which the training of a lost pod goes on: `auto`, beside its artifacts; `none`;
+    or a bucket with a prefix."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoints not in ("auto", "none"):
+            check_place("checkpoints", self.checkpoints)
+
+
+def checkpoints_of_run(checkpoints: str, uri: str) -> str:
+    """The place of a run's checkpoints; empty = none.
+
+    Args:
+        checkpoints: see `CheckpointSettings`.
+        uri: that of any artifact of the run.
     """
-    return "" if backend == "deepspeed" and keep_best else os.environ.get(CHECKPOINT_VARIABLE, "")
+    if checkpoints == "none":
+        return ""
+    run = run_place(uri)
+    return f"{run}/checkpoints" if checkpoints == "auto" else f"{checkpoints}/{run.rpartition('/')[2]}"
+
+
+def checkpoint_dir_here(checkpoints: str, uri: str, backend: str, keep_best: bool) -> str:
+    """The place for checkpoints in a pipeline's task; empty = none.
+
+    On this machine `pipelines/run.py` gives a folder. DeepSpeed with `keep_best` has no checkpoints, see `DistillConfig`.
+
+    Args:
+        checkpoints: see `CheckpointSettings`.
+        uri: that of the stage's output.
+        backend: the setting of this name.
+        keep_best: the setting of this name.
+    """
+    if backend == "deepspeed" and keep_best:
+        return ""
+    return os.environ.get(CHECKPOINT_VARIABLE) or (checkpoints_of_run(checkpoints, uri) if is_bucket(uri) else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +211,8 @@ class DistillConfig(DistillSettings):
     mix_data: str = field(default="", metadata=INPUT)
     """A second corpus to mix into the training blocks; empty = none."""
     checkpoint_dir: str = field(default="", metadata=OUTPUT)
-    """Folder for checkpoints; the same command resumes from the newest. It must not be writable by others. Empty = none."""
+    """Folder, or place in a bucket, for checkpoints, which must not be writable by others; the same command resumes from the
+    newest. Empty = none."""
     tensorboard_dir: str = field(default="", metadata=OUTPUT)
     """Folder for TensorBoard files; empty = none."""
 
@@ -184,6 +220,8 @@ class DistillConfig(DistillSettings):
         super().__post_init__()
         for parameter in ("teacher_model", "student_model", "mask_file", "output_dir"):
             check_not_empty(parameter, getattr(self, parameter))
+        if is_bucket(self.checkpoint_dir):
+            check_place("checkpoint_dir", self.checkpoint_dir)
         if self.backend == "deepspeed" and self.keep_best and self.checkpoint_dir:
             raise ValueError("keep_best must be off for checkpoints with backend deepspeed, got True")
 
@@ -208,7 +246,10 @@ class DistillConfig(DistillSettings):
     def check_folders(self) -> None:
         """Check the folders that are written to while training: at its end, output_dir must still be free."""
         for parameter in ("checkpoint_dir", "tensorboard_dir"):
-            if folder := getattr(self, parameter):
+            folder = getattr(self, parameter)
+            if parameter == "checkpoint_dir" and is_bucket(folder):
+                check_writable(parameter, folder)
+            elif folder:
                 check_folder(parameter, folder)
                 if Path(folder).resolve().is_relative_to(Path(self.output_dir).resolve()):
                     raise ValueError(f"{parameter} must lie outside output_dir {self.output_dir}, got {folder}")

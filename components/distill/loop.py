@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from components.core.perplexity import block_losses, from_mean_loss
 from components.core.progress import log, log_perplexity, track
+from components.core.storage.place import is_bucket
 from components.distill import resume
 from components.distill.backends import SingleProcess
 from components.distill.config import DistillConfig
 from components.distill.loss import distillation_loss, next_token_labels
+from components.distill.remote import RemoteCheckpoints
 from components.distill.teacher import Teacher
 
 PREEMPTED = 143  # 128 + SIGTERM: what a shell reports for a process ended by that signal
@@ -72,6 +74,10 @@ class Trainer:
         self.steps_per_epoch, self.total_steps = plan(len(blocks), config, backend.world_size)
         global_batch = config.batch_size * config.grad_accum_steps * backend.world_size
         self.identity = resume.identity(config, inputs, global_batch)
+        self.remote = None
+        if is_bucket(config.checkpoint_dir):
+            self.remote = RemoteCheckpoints(config.checkpoint_dir, self.identity, config.keep_checkpoints, backend)
+            self.config = replace(config, checkpoint_dir=str(self.remote.folder))
         self.progress = Progress()
         self.asked_to_end = False
 
@@ -81,6 +87,8 @@ class Trainer:
         Raises:
             SystemExit: SIGTERM was received; a checkpoint has been written.
         """
+        if self.remote:
+            self.remote.fetch()
         if self.config.checkpoint_dir:
             manifest = resume.load(self.backend, self.config, self.identity)
             if manifest:
@@ -93,7 +101,7 @@ class Trainer:
         for step in steps:
             ending = self.backend.any(self.asked_to_end)
             if self.config.checkpoint_dir and (ending or step % self.config.checkpoint_steps == 0):
-                resume.save(self.backend, self.config, step, self.identity, asdict(self.progress))
+                self._save(step, ending)
             if ending:
                 log(f"stopped after step {step} on request; the same command resumes from there")
                 raise SystemExit(PREEMPTED)
@@ -101,6 +109,20 @@ class Trainer:
             self.backend.restore_best()
         self.backend.student.eval()
         return self.progress
+
+    def _save(self, step: int, ending: bool) -> None:
+        """Write a checkpoint; to a bucket only as often as uploads keep up with training."""
+        if self.remote and not ending and self.remote.is_busy():
+            if self.backend.rank == 0:
+                log(f"no checkpoint at step {step}, since the one before is still being uploaded")
+            return
+        if self.remote:
+            self.remote.finish()
+        resume.save(self.backend, self.config, step, self.identity, asdict(self.progress), is_shared=self.remote is None)
+        if self.remote:
+            self.remote.send(step)
+            if ending:
+                self.remote.finish()
 
     def _ask_to_end(self, *_: Any) -> None:
         self.asked_to_end = True

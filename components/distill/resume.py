@@ -25,6 +25,7 @@ from components.core.reading import read_json
 from components.core.settings import EXECUTION, INPUT, OUTPUT, START, names_of
 from components.core.storage.base import Held
 from components.core.storage.listing import checksums
+from components.core.storage.place import is_bucket
 from components.distill import launch
 from components.distill.backends import SingleProcess
 from components.distill.config import DistillConfig
@@ -51,10 +52,12 @@ class DamagedError(Exception):
 def claim(config: DistillConfig) -> Iterator[None]:
     """Have `checkpoint_dir` alone for this run while the block runs; the first process does this for all.
 
+    In a bucket each run has a place of its own, see `remote`.
+
     Raises:
         ValueError: another run uses it.
     """
-    if not config.checkpoint_dir or not launch.is_main():
+    if not config.checkpoint_dir or is_bucket(config.checkpoint_dir) or not launch.is_main():
         yield
         return
     with only_user("checkpoint_dir", Path(config.checkpoint_dir), f"output_dir {config.output_dir}"):
@@ -67,20 +70,35 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(
-    backend: SingleProcess, config: DistillConfig, step: int, identity: Mapping[str, Any], progress: dict[str, Any]
+    backend: SingleProcess,
+    config: DistillConfig,
+    step: int,
+    identity: Mapping[str, Any],
+    progress: dict[str, Any],
+    is_shared: bool = True,
 ) -> None:
     """Write a checkpoint and delete old ones; every process must call this.
+
+    Args:
+        backend: the backend that trains.
+        config: the stage's settings.
+        step: number of steps that have been taken.
+        identity: see `identity`.
+        progress: what the loop needs to go on.
+        is_shared: whether all machines see the same folder; if not, each has a folder of its own with its part.
 
     Raises:
         OSError: it could not be written; nothing of it is left, and the older ones are as they were.
     """
     folder = Path(config.checkpoint_dir) / f"step-{step:08d}"
-    if backend.rank == 0 and folder.exists():
+    is_first = backend.rank == 0 if is_shared else launch.is_first_here()
+    if is_first and folder.exists():
         shutil.rmtree(folder)  # left incomplete by a killed run, or damaged
     backend.barrier()
     try:
         backend.save_state(folder)
         backend.barrier()  # the files of all processes are there
+        parts = backend.gather({name: held._asdict() for name, held in checksums(files_of(folder)).items()} if is_first else {})
         if backend.rank == 0:
             content = {
                 "step": step,
@@ -90,16 +108,18 @@ def save(
                 "scaler": backend.scaler.state_dict(),
                 "identity": identity,
                 "progress": progress,
-                "files": {name: held._asdict() for name, held in checksums(files_of(folder)).items()},
+                "files": {name: held for part in parts for name, held in part.items()},
             }
             write_json(folder / MANIFEST, content | {CHECKSUM: content_checksum(content)})
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    if backend.rank == 0:
-        kept = [path for path in checkpoints(folder.parent) if path <= folder][-config.keep_checkpoints :]
-        for old in set(folder.parent.glob("step-*")) - set(kept):  # incomplete and damaged ones too
+    if is_first:
+        # on other machines than the first there are no manifests, and nothing is left from before
+        kept = [path for path in sorted(folder.parent.glob("step-*")) if path <= folder and (path / MANIFEST).exists()]
+        for old in set(folder.parent.glob("step-*")) - {*kept[-config.keep_checkpoints :], folder}:  # incomplete ones too
             shutil.rmtree(old, ignore_errors=True)
+    if backend.rank == 0:
         log(f"checkpoint: {folder}")
     backend.barrier()
 

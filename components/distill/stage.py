@@ -119,6 +119,8 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
     describe(result, progress, config, mask, watch)
     if backend.rank == 0:
         write(config, result, history, weights, dtype, tokenizer)
+    if trainer.remote:
+        trainer.remote.close()
     backend.barrier()
     return result
 
@@ -190,7 +192,7 @@ def write(
             parameters[name].copy_(weight)
     with new_directory(config.output_dir) as scratch:
         save_checkpoint(model, tokenizer, scratch)
-        write_history(scratch, history, result)
+        write_history(scratch, history, result, config.student_model)
     log(f"distilled in {result.measured['seconds']:.0f} s: {config.output_dir}")
 
 

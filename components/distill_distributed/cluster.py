@@ -4,23 +4,28 @@ Everything is polled: if a connection drops, the request is simply sent again, a
 Responses are plain dictionaries in Kubernetes' own format.
 """
 
+import copy
 import json
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
-from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
+from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 TIMEOUT = (5, 60)  # seconds to connect, and between two bytes of a response
 BACKOFF_SECONDS = 0.5  # doubled after each try: 9 tries cover an API server outage of four minutes
 TRIES = 9
+# of a request that is made again later, or must be answered before this pod is killed
+HASTY_TIMEOUT, HASTY_TRIES = (3, 5), 1
 GONE_PATIENCE = 300.0  # seconds within which a deleted job must be gone
 TIMED_LINE = re.compile(r"\d{4}-\d\d-\d\dT\S+ ")  # any other line in a log is a message from the kubelet
 
@@ -53,6 +58,16 @@ class ApiError(ValueError):
         self.status = error.status
 
 
+@contextmanager
+def accepted(status: int) -> Iterator[None]:
+    """Go on after a request that was refused with this status."""
+    try:
+        yield
+    except ApiError as error:
+        if error.status != status:
+            raise
+
+
 class Client(client.ApiClient):
     """The client, with one-line errors that are a ValueError or an OSError, as everywhere in this project."""
 
@@ -66,17 +81,30 @@ class Client(client.ApiClient):
             raise OSError(f"Kubernetes does not answer: {error}") from error
 
 
+def make_client(settings: client.Configuration, tries: int) -> Client:
+    """A client that sends a request again up to `tries` times, at growing intervals."""
+    settings = copy.copy(settings)
+    settings.retries = Retry(
+        total=tries,
+        backoff_factor=BACKOFF_SECONDS,
+        status_forcelist=(429, 500, 502, 503, 504),
+        allowed_methods=None,  # POST too: jobs are created by name, so a repeated request gets 409 and the job is adopted
+        raise_on_status=False,
+    )
+    return Client(settings)
+
+
 class Cluster:
     """One namespace of a cluster.
 
     Args:
-        api: client for the API server.
+        settings: address of the API server and how to log in.
         namespace: the namespace.
     """
 
-    def __init__(self, api: client.ApiClient, namespace: str) -> None:
-        self.api, self.namespace = api, namespace
-        self.core, self.custom = client.CoreV1Api(api), client.CustomObjectsApi(api)
+    def __init__(self, settings: client.Configuration, namespace: str) -> None:
+        self.api, self.hasty, self.namespace = make_client(settings, TRIES), make_client(settings, HASTY_TRIES), namespace
+        self.core, self.custom = client.CoreV1Api(self.api), client.CustomObjectsApi(self.api)
 
     @classmethod
     def connect(cls) -> "Cluster":
@@ -95,14 +123,7 @@ class Cluster:
             except config.ConfigException as error:
                 raise ValueError(f"a job needs a cluster: this is no pod of one, and {error}") from error
             namespace = config.list_kube_config_contexts()[1]["context"].get("namespace", "default")
-        settings.retries = Retry(
-            total=TRIES,
-            backoff_factor=BACKOFF_SECONDS,
-            status_forcelist=(429, 500, 502, 503, 504),
-            allowed_methods=None,  # POST too: jobs are created by name, so a repeated request gets 409 and the job is adopted
-            raise_on_status=False,
-        )
-        return cls(Client(settings), namespace)
+        return cls(settings, namespace)
 
     def own_pod(self) -> dict[str, Any] | None:
         """The pod that this process runs in; None outside a cluster."""
@@ -113,36 +134,36 @@ class Cluster:
 
     def create_job(self, kind: str, manifest: dict[str, Any]) -> dict[str, Any] | None:
         """Create a job; returns None if one with this name already exists."""
-        try:
+        with accepted(409):
             return self._plain(
                 self.custom.create_namespaced_custom_object(*self._path(kind), manifest, _request_timeout=TIMEOUT)
             )
-        except ApiError as error:
-            if error.status == 409:
-                return None
-            raise
+        return None
 
     def read_job(self, kind: str, name: str) -> dict[str, Any] | None:
         """A job, or None if there is no job with this name."""
-        try:
+        with accepted(404):
             return self._plain(self.custom.get_namespaced_custom_object(*self._path(kind), name, _request_timeout=TIMEOUT))
-        except ApiError as error:
-            if error.status == 404:
-                return None
-            raise
+        return None
 
-    def set_owner(self, kind: str, name: str, owner: dict[str, Any]) -> None:
-        """Give a job a new owner."""
-        change = {"metadata": {"ownerReferences": [owner]}}
-        self.custom.patch_namespaced_custom_object(*self._path(kind), name, change, _request_timeout=TIMEOUT)
+    def read_workflow(self, name: str) -> dict[str, Any] | None:
+        """A run's Workflow, or None if there is none with this name. Raises ApiError or OSError within seconds."""
+        path = ("argoproj.io", "v1alpha1", self.namespace, "workflows", name)
+        workflows = client.CustomObjectsApi(self.hasty)
+        with accepted(404):
+            return self._plain(workflows.get_namespaced_custom_object(*path, _request_timeout=HASTY_TIMEOUT))
+        return None
+
+    def change_metadata(self, kind: str, name: str, metadata: dict[str, Any]) -> None:
+        """Change a part of a job's metadata, if the job exists; None removes an entry."""
+        change = {"metadata": metadata}
+        with accepted(404):
+            self.custom.patch_namespaced_custom_object(*self._path(kind), name, change, _request_timeout=TIMEOUT)
 
     def delete_job(self, kind: str, name: str) -> None:
         """Delete a job and its pods, if it exists."""
-        try:
+        with accepted(404):
             self.custom.delete_namespaced_custom_object(*self._path(kind), name, _request_timeout=TIMEOUT)
-        except ApiError as error:
-            if error.status != 404:
-                raise
 
     def wait_until_gone(self, kind: str, name: str) -> None:
         """Wait until a deleted job, with its finalizers, and its pods are gone, so that nothing is written any more.
@@ -158,13 +179,10 @@ class Cluster:
 
     def list_jobs(self, kind: str, label: str) -> list[dict[str, Any]]:
         """The jobs with a label `name=value`; none if the cluster does not know the kind."""
-        try:
+        with accepted(404):
             found = self.custom.list_namespaced_custom_object(*self._path(kind), label_selector=label, _request_timeout=TIMEOUT)
-        except ApiError as error:
-            if error.status == 404:
-                return []
-            raise
-        return list(found["items"])
+            return list(found["items"])
+        return []
 
     def pods_of(self, kind: str, name: str) -> list[dict[str, Any]]:
         """A job's pods, sorted by name."""
@@ -181,30 +199,30 @@ class Cluster:
             previous: read the log of the container's previous run instead of the current one.
             tail: read only this many lines, from the end.
             seconds: read only lines that are at most this many seconds old.
+
+        Raises:
+            ApiError, OSError: it cannot be read now, for example because the pod's machine is lost.
         """
         options = {name: value for name, value in (("tail_lines", tail), ("since_seconds", seconds)) if value is not None}
-        for _ in range(TRIES):
-            try:
-                answer = self.core.read_namespaced_pod_log(
-                    pod,
-                    self.namespace,
-                    container=container,
-                    previous=previous,
-                    timestamps=True,
-                    _preload_content=False,  # otherwise the client returns the bytes as a Python literal
-                    _request_timeout=TIMEOUT,
-                    **options,
-                )
-                lines = answer.data.decode("utf-8", errors="replace").split("\n")  # a carriage return does not end a line
-            except ApiError as error:
-                if error.status in (400, 404):  # the container has not started, or the pod is gone
-                    return []
-                raise
-            except (ProtocolError, ReadTimeoutError):  # interrupted mid-response, which the client does not retry
-                time.sleep(BACKOFF_SECONDS)
-            else:
-                return [line for line in lines if TIMED_LINE.match(line)]
-        raise OSError(f"the log of {pod} broke off {TRIES} times")
+        try:
+            answer = client.CoreV1Api(self.hasty).read_namespaced_pod_log(
+                pod,
+                self.namespace,
+                container=container,
+                previous=previous,
+                timestamps=True,
+                _preload_content=False,  # otherwise the client returns the bytes as a Python literal
+                _request_timeout=HASTY_TIMEOUT,
+                **options,
+            )
+            lines = answer.data.decode("utf-8", errors="replace").split("\n")  # a carriage return does not end a line
+        except ApiError as error:
+            if error.status in (400, 404):  # the container has not started, or the pod is gone
+                return []
+            raise
+        except HTTPError as error:  # interrupted mid-response
+            raise OSError(f"the log of {pod} broke off: {error}") from error
+        return [line for line in lines if TIMED_LINE.match(line)]
 
     def events_of(self, name: str) -> list[dict[str, Any]]:
         """Events about an object, oldest first."""

@@ -4,9 +4,10 @@ from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output, TaskConfig
 
 from components.images import launcher_pod
 
-# settings on the task apply to the nodes; the launcher itself needs only those that give it access to the handover
+# settings on the task apply to the nodes; the launcher itself needs only those that give it access to a handover. The task's
+# resources are those of the launcher, listed here because KFP refuses them otherwise; those of the nodes are parameters
 TO_NODES = [
-    TaskConfigField.RESOURCES,
+    TaskConfigPassthrough(field=TaskConfigField.RESOURCES, apply_to_task=True),
     TaskConfigField.KUBERNETES_AFFINITY,
     TaskConfigField.KUBERNETES_NODE_SELECTOR,
     TaskConfigField.KUBERNETES_TOLERATIONS,
@@ -22,13 +23,13 @@ def distill_distributed(
     mask: Input[Artifact],
     tokens: Input[Dataset],
     distilled_model: Output[Model],
-    stats: Output[Artifact],
-    job: Output[Artifact],
+    job_manifest: Output[Artifact],
     metrics: Output[Metrics],
     task_config: TaskConfig,
     handover: str,
     image: str,
     kind: str,
+    checkpoints: str,
     nodes: int,
     elastic: str,
     retries: int,
@@ -36,6 +37,10 @@ def distill_distributed(
     queue: str,
     runtime: str,
     service_account: str,
+    gpus: int,
+    cpu: str,
+    memory: str,
+    gpu_type: str,
     seq_len: int,
     epochs: int,
     max_steps: int,
@@ -62,14 +67,23 @@ def distill_distributed(
     trust_remote_code: bool,
 ) -> None:
     """Distil the dense teacher into the sparse student on many nodes."""
-    import dataclasses
     import json
 
     from components.core.history import log_metrics
     from components.core.settings import configure
-    from components.distill_distributed.config import DistillDistributedConfig
+    from components.core.storage import session_of, use_session
+    from components.distill_distributed.config import POD_SETTINGS, DistillDistributedConfig
     from components.distill_distributed.stage import run
 
+    artifacts = {
+        "teacher_model": dense_model.uri,
+        "student_model": pruned_model.uri,
+        "mask_file": mask.uri,
+        "train_data": tokens.uri,
+        "eval_data": tokens.uri,
+        "output_dir": distilled_model.uri,
+    }
+    use_session(session_of(dense_model.uri, dense_model.metadata))
     config = configure(
         DistillDistributedConfig,
         locals(),
@@ -79,16 +93,20 @@ def distill_distributed(
         train_data=tokens.path,
         eval_data=tokens.path,
         output_dir=distilled_model.path,
-        job_file=job.path,
-        pod=json.dumps(dataclasses.asdict(task_config)),
+        artifacts=json.dumps(artifacts),
+        job_file=job_manifest.path,
+        pod=json.dumps({name: getattr(task_config, name) for name in POD_SETTINGS}),
     )
     record = run(config)
-    log_metrics(record, metrics, stats.path)
+    log_metrics(record, metrics)
 
 
 @launcher_pod()
-def sweep_jobs(run_id: str, handover: str) -> None:
-    """Delete a run's remaining jobs and handover data."""
+def sweep_jobs(place: Output[Artifact], run_id: str, handover: str, checkpoints: str) -> None:
+    """Delete a run's remaining jobs, checkpoints and handover data; the URI of `place` tells where the run's artifacts are."""
+    from components.core.storage import is_bucket
+    from components.distill.config import checkpoints_of_run
     from components.distill_distributed.sweep import SweepConfig, run
 
-    run(SweepConfig(run_id=run_id, handover=handover))
+    kept = checkpoints_of_run(checkpoints, place.uri) if is_bucket(place.uri) else ""
+    run(SweepConfig(run_id=run_id, handover=handover, checkpoints=kept))

@@ -5,36 +5,46 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.core.checks import check_at_least, check_not_empty, check_one_of
+from components.core.checks import (
+    check_at_least,
+    check_cpu,
+    check_gpus,
+    check_memory,
+    check_not_empty,
+    check_one_of,
+    check_resource,
+)
+from components.core.errors import shown
 from components.core.reading import parse_json
-from components.core.settings import EXECUTION, START
+from components.core.settings import EXECUTION, START, Settings
 from components.core.storage import check_place
 from components.distill.config import NOT_IN_PIPELINES as NOT_IN_COMPRESS
-from components.distill.config import DistillConfig, DistillSettings
+from components.distill.config import CheckpointSettings, DistillConfig, DistillSettings
 
 KINDS = ("pytorchjob", "trainjob")
-POD_SETTINGS = ("affinity", "env", "node_selector", "resources", "tolerations", "volume_mounts", "volumes")
+POD_SETTINGS = ("affinity", "env", "node_selector", "tolerations", "volume_mounts", "volumes")
 NOT_IN_PIPELINES = NOT_IN_COMPRESS | {
     "backend": "only fsdp runs on many nodes",
     "launcher": "the nodes always use torchrun",
     "master_port": "the job's operator sets it",
-    "checkpoint_dir": "the launcher sets a folder in the handover",
+    "checkpoint_dir": "checkpoints decides",
     "deepspeed_config": "only used with backend deepspeed",
 }
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobSettings(DistillSettings):
+class JobSettings(CheckpointSettings, DistillSettings):
     """How to distil on many nodes."""
 
     backend: str = field(default="fsdp", metadata=EXECUTION)
     """Only `fsdp` is supported."""
     launcher: str = field(default="torchrun", metadata=START)
     """Only `torchrun` is supported; every node starts it."""
-    handover: str
-    """Where the launcher and the nodes exchange models: a gs://, s3:// or minio:// bucket with a prefix, or a folder on a
-    volume that all of them mount at the same path. If it is a folder, checkpoints are kept there too."""
+    handover: str = ""
+    """For nodes that cannot reach the pipeline's artifacts: where they and the launcher exchange models and checkpoints
+    instead, a gs://, s3:// or minio:// bucket with a prefix, or a folder on a volume that all of them mount at the same path.
+    Empty = nodes read and write the artifacts themselves."""
     image: str
     """Container image of the nodes: the project's gpu or cpu image."""
     kind: str = "pytorchjob"
@@ -55,9 +65,9 @@ class JobSettings(DistillSettings):
     """ServiceAccount of the nodes, such as one with access to the bucket; empty = the namespace's default."""
 
     def __post_init__(self) -> None:
-        for parameter in ("handover", "image"):
-            check_not_empty(parameter, getattr(self, parameter))
-        check_place("handover", self.handover)
+        check_not_empty("image", self.image)
+        if self.handover:
+            check_place("handover", self.handover)
         check_one_of("backend", self.backend, ("fsdp",))
         check_one_of("launcher", self.launcher, ("torchrun",))
         check_one_of("kind", self.kind, KINDS)
@@ -88,21 +98,51 @@ class JobSettings(DistillSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillDistributedConfig(JobSettings, DistillConfig):
-    """Distil on many nodes: create a Kubeflow job, watch it and fetch its result."""
+class NodeSettings(Settings):
+    """What each node asks for and is limited to; in a pipeline, the sizes of the distill stage's pods."""
 
-    pod: str = "{}"
-    """Settings of the nodes' pods as a JSON object: affinity, env, node_selector, resources, tolerations, volume_mounts and
-    volumes, in Kubernetes' own format. In a pipeline they are taken from the task."""
-    job_file: str = ""
-    """File to write the job's manifest to before it is submitted; empty = `<output_dir>.job.yaml`."""
+    gpus: int = 1
+    """GPUs of each node; 0 runs it on the CPU."""
+    cpu: str = "8"
+    """CPUs of each node."""
+    memory: str = "32Gi"
+    """Memory of each node."""
+    gpu_type: str = "nvidia.com/gpu"
+    """Resource name of the GPUs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for parameter in ("mix_data", "tensorboard_dir"):
+        check_gpus("gpus", self.gpus)
+        check_cpu("cpu", self.cpu)
+        check_memory("memory", self.memory)
+        check_resource("gpu_type", self.gpu_type)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillDistributedConfig(JobSettings, NodeSettings, DistillConfig):
+    """Distil on many nodes: create a Kubeflow job, watch it and check its result."""
+
+    artifacts: str = "{}"
+    """Where the nodes read the inputs and write the result if there is no handover, as a JSON object: teacher_model,
+    student_model, mask_file, train_data, eval_data and output_dir → place. In a pipeline they are the artifacts' own."""
+    pod: str = "{}"
+    """Other settings of the nodes' pods as a JSON object: affinity, env, node_selector, tolerations, volume_mounts and volumes,
+    in Kubernetes' own format. In a pipeline they are taken from the task."""
+    job_file: str = ""
+    """File to write the job's manifest to before it is submitted; empty = `<output_dir>.job.yaml`. If the job fails, the last
+    lines of every node's log are saved beside it, in a folder of this name with the suffix `.logs`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for parameter in ("mix_data", "tensorboard_dir", "checkpoint_dir"):
             if value := getattr(self, parameter):
-                raise ValueError(f"{parameter} must be empty for a job, got {value}: the nodes could not read it")
+                raise ValueError(f"{parameter} must be empty for a job, got {value}: the nodes could not reach it")
         self.pod_settings()
+        places = self.artifact_places()
+        if not self.handover and (missing := sorted({*self.inputs(), "output_dir"} - places.keys())):
+            raise ValueError(
+                f"handover must be given, or artifacts must have a place for {missing[0]}, got {shown(self.artifacts)}"
+            )
 
     def check_environment(self) -> None:
         """See `Settings`."""
@@ -125,8 +165,22 @@ class DistillDistributedConfig(JobSettings, DistillConfig):
         }
         return paths if self.skip_ppl_eval else paths | {"eval_data": self.eval_data}
 
+    def artifact_places(self) -> dict[str, str]:
+        """The places of `artifacts`.
+
+        Raises:
+            ValueError: `artifacts` is not a JSON object, or nodes cannot reach a place in it, for which there is `handover`.
+        """
+        places = parse_json(self.artifacts, "artifacts", dict[str, str])
+        for parameter, place in places.items() if not self.handover else ():
+            try:
+                check_place(parameter, place)
+            except ValueError as error:
+                raise ValueError(f"handover must be given, since nodes cannot reach the artifact: {error}") from error
+        return places
+
     def pod_settings(self) -> dict[str, Any]:
-        """The nodes' pod settings that are not empty.
+        """The nodes' resources, and their other pod settings that are not empty.
 
         Raises:
             ValueError: `pod` is not a JSON object, or has other settings.
@@ -134,4 +188,6 @@ class DistillDistributedConfig(JobSettings, DistillConfig):
         settings = parse_json(self.pod, "pod", dict[str, Any])
         for name in settings.keys() - set(POD_SETTINGS):
             raise ValueError(f"pod must have settings among {', '.join(POD_SETTINGS)}, got {name}")
-        return {name: value for name, value in settings.items() if value}
+        amounts = {"cpu": self.cpu, "memory": self.memory} | ({self.gpu_type: str(self.gpus)} if self.gpus else {})
+        given = {name: value for name, value in settings.items() if value}
+        return given | {"resources": {"requests": amounts, "limits": amounts}}

@@ -8,14 +8,18 @@ Both operators configure each node through the PET_* variables that torchrun rea
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
 
+from components.core.reading import parse_json
+from components.core.storage.session import Session
+
 MANAGED_BY = "app.kubernetes.io/managed-by"
 PROJECT = "sparse-distill"
 RUN_LABEL = "sparse-distill/run"
+SESSION = "sparse-distill/store"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 KEEP_SECONDS = 3600  # how long a finished job is kept, for a restarted launcher and for inspection
 SHARED_MEMORY = "8Gi"  # limit of /dev/shm, through which a node's processes communicate; the default is 64 MB
@@ -39,8 +43,10 @@ class JobSpec:
         queue: Kueue LocalQueue, "" = none.
         runtime: ClusterTrainingRuntime of a TrainJob.
         service_account: the nodes' ServiceAccount, "" = the default one.
-        pod: settings of the nodes' pods, see `DistillDistributedConfig.pod`.
-        owner: ownerReference to the launcher's pod, with which Kubernetes removes the job too; None outside a cluster.
+        pod: resources and other settings of the nodes' pods, see `DistillDistributedConfig.pod_settings`.
+        session: how the nodes reach the pipeline's artifacts, None = as the libraries do.
+        owner: ownerReference to what Kubernetes removes the job with: the run's Workflow or the launcher's pod; None outside a
+            cluster.
     """
 
     name: str
@@ -56,7 +62,8 @@ class JobSpec:
     queue: str
     runtime: str
     service_account: str
-    pod: Mapping[str, Any] = field(default_factory=dict)
+    pod: Mapping[str, Any]
+    session: Session | None
     owner: Mapping[str, Any] | None = None
 
 
@@ -103,9 +110,8 @@ def trainjob(spec: JobSpec) -> dict[str, Any]:
         "env": container["env"],
         "numNodes": spec.nodes,
         "numProcPerNode": spec.nproc_per_node,
+        "resourcesPerNode": container["resources"],
     }
-    if "resources" in container:
-        trainer["resourcesPerNode"] = container["resources"]
     patched = {name: pod[name] for name in PATCHED if name in pod}
     patched["containers"] = [
         {"name": "node", "volumeMounts": container["volumeMounts"], "securityContext": container["securityContext"]}
@@ -150,35 +156,41 @@ def labels(spec: JobSpec) -> dict[str, str]:
     return {MANAGED_BY: PROJECT, RUN_LABEL: spec.run}
 
 
+def job_session(job: Mapping[str, Any]) -> Session | None:
+    """How a job's nodes reach the pipeline's artifacts, from the job itself; the sweep is given no artifact that tells it."""
+    stored = job["metadata"].get("annotations", {}).get(SESSION)
+    return Session(**parse_json(stored, SESSION, dict[str, Any])) if stored else None
+
+
 def metadata(spec: JobSpec) -> dict[str, Any]:
     """The job's own metadata."""
     queue = {QUEUE_LABEL: spec.queue} if spec.queue else {}
     owners = {"ownerReferences": [dict(spec.owner)]} if spec.owner else {}
-    return {"name": spec.name, "namespace": spec.namespace, "labels": labels(spec) | queue, **owners}
+    notes = {"annotations": {SESSION: json.dumps(asdict(spec.session))}} if spec.session else {}
+    return {"name": spec.name, "namespace": spec.namespace, "labels": labels(spec) | queue, **notes, **owners}
 
 
 def pod_spec(spec: JobSpec) -> dict[str, Any]:
     """A node's pod."""
     own_env = [
         {"name": "PYTHONUNBUFFERED", "value": "1"},
-        # the nodes read everything from the handover
+        # the nodes read everything from the run's artifacts or the handover
         {"name": "HF_HUB_OFFLINE", "value": "1"},
         # otherwise a node that restarts alone finds no rendezvous under torch 2.13
         {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"},
     ]
-    if spec.elastic:  # the operator does not set it on the nodes of an elastic job
+    if spec.elastic:  # older versions of the operator than 1.9.4 do not set it on the nodes of an elastic job
         own_env.append({"name": "PET_NPROC_PER_NODE", "value": str(spec.nproc_per_node)})
     container: dict[str, Any] = {
         "name": "pytorch",
         "image": spec.image,
         "imagePullPolicy": "IfNotPresent",
         "command": spec.command,
-        "env": [*own_env, *spec.pod.get("env", [])],
+        "env": [*own_env, *(spec.session.as_env() if spec.session else []), *spec.pod.get("env", [])],
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}, *spec.pod.get("volume_mounts", [])],
+        "resources": spec.pod["resources"],
     }
-    if "resources" in spec.pod:
-        container["resources"] = spec.pod["resources"]
     memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}}
     pod: dict[str, Any] = {
         "automountServiceAccountToken": False,  # the nodes do not call the Kubernetes API

@@ -1,4 +1,4 @@
-"""What runs on each node of the job: download the inputs, run torchrun, upload the result.
+"""What runs on each node of the job: read the inputs at their places, run torchrun, write the result to its place.
 
 Inputs are downloaded once per node, not once per process. Only the node with the first process has a result to upload; the
 others wait until it is complete, since an elastic job counts as succeeded, and its pods are removed, when any node finishes.
@@ -11,12 +11,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
 
 from components.core import storage
 from components.core.cli import errors_in_one_line, parse, stop_at_sigterm
+from components.core.errors import shown
 from components.core.process import run_to_end
 from components.core.progress import log
 from components.core.reading import parse_json
@@ -25,62 +23,53 @@ from components.core.storage import check_place
 
 RESULT_PATIENCE = 3600.0  # seconds that a node without a result waits for the one that writes it
 POLL_SECONDS = 2.0
-UPLOAD_TRIES, UPLOAD_PAUSE = 5, 30.0  # the pause between tries is in seconds
 # seconds for which a failed node stays: once it ends, the operator may remove its pod, log and all, before the launcher, which
 # looks every three seconds, has read why it failed
 LAST_WORDS = 7.0
 STOPPED = 128 + signal.SIGTERM
-NAME = r"^\w+$"  # of an input: the parameter that gives it
+REQUIRED = {"teacher_model", "student_model", "mask_file", "train_data"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeConfig:
     """Settings of a node."""
 
-    place: str
-    """The job's location in the handover: inputs/… is read, result is written."""
     inputs: str
-    """Parameter of components.distill → name under inputs/, as a JSON object; parameters may share a name."""
+    """Parameter of components.distill → place to read it from, as a JSON object; parameters may share a place."""
+    result: str
+    """Place to write the distilled model to."""
     flags: str
     """All other flags of components.distill, as a JSON list."""
 
     def __post_init__(self) -> None:
-        check_place("place", self.place)
-        parse_json(self.inputs, "inputs", dict[str, Annotated[str, Field(pattern=NAME)]])
+        check_place("result", self.result)
+        inputs = parse_json(self.inputs, "inputs", dict[str, str])
+        for name in REQUIRED - inputs.keys():
+            raise ValueError(f"inputs must have {', '.join(sorted(REQUIRED))}, got none for {name}")
+        for name, place in inputs.items():
+            if not name.isidentifier():
+                raise ValueError(f"inputs must have names of parameters, got {shown(name)}")
+            check_place(f"inputs.{name}", place)
         parse_json(self.flags, "flags", list[str])
 
 
 def run(config: NodeConfig) -> None:
     """Run one node's part of the job. Raises SystemExit with torchrun's exit code if it fails."""
-    result = f"{config.place}/result"
-    if storage.is_complete(result):
+    if storage.is_complete(config.result):
         log("the result is there already")
         return
     work = Path(tempfile.mkdtemp(prefix="distill-"))
     inputs = parse_json(config.inputs, "inputs", dict[str, str])
-    given = parse_json(config.flags, "flags", list[str])
-    for name in sorted(set(inputs.values())):
-        storage.download(f"{config.place}/inputs/{name}", work / name)
-    paths = {parameter: work / name for parameter, name in inputs.items()} | {"output_dir": work / "result"}
-    flags = [*given, *(f"--{parameter}={path}" for parameter, path in paths.items())]
+    folders = {place: work / f"input-{number}" for number, place in enumerate(sorted(set(inputs.values())))}
+    for place, folder in folders.items():
+        storage.download_artifact(place, folder)
+    paths = {parameter: folders[place] for parameter, place in inputs.items()} | {"output_dir": work / "result"}
+    flags = [*parse_json(config.flags, "flags", list[str]), *(f"--{parameter}={path}" for parameter, path in paths.items())]
     run_to_end([sys.executable, "-m", "torch.distributed.run", "-m", "components.distill", *flags], os.environ)
     if (work / "result").is_dir():
-        hand_over(work / "result", result)
+        storage.upload(work / "result", config.result)
     else:
-        wait_for(result)
-
-
-def hand_over(folder: Path, result: str) -> None:
-    """Upload the result, retrying a few times, since a failure here would waste the whole training run."""
-    for left in reversed(range(UPLOAD_TRIES)):
-        try:
-            storage.upload(folder, result)
-            return
-        except OSError as error:
-            if not left:
-                raise
-            log(f"the result could not be written, {left} tries left: {error}")
-            time.sleep(UPLOAD_PAUSE)
+        wait_for(config.result)
 
 
 def wait_for(result: str) -> None:

@@ -1,4 +1,4 @@
-"""Delete a run's remaining jobs and handover data at the end of the run, however it ended."""
+"""Delete a run's remaining jobs, its checkpoints and its handover data at the end of the run, however it ended."""
 
 import re
 from dataclasses import dataclass
@@ -8,36 +8,41 @@ from components.core.cli import errors_in_one_line, parse
 from components.core.progress import log
 from components.core.storage import check_place
 from components.distill_distributed.cluster import KINDS, Cluster
-from components.distill_distributed.job import RUN_LABEL
+from components.distill_distributed.job import RUN_LABEL, job_session
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """Which run's jobs to delete."""
+    """Which run's jobs and data to delete."""
 
     run_id: str
     """The run's id."""
-    handover: str
-    """The run's handover location."""
+    handover: str = ""
+    """The run's setting of this name."""
+    checkpoints: str = ""
+    """The place of the run's checkpoints; empty = none."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?", self.run_id):
             raise ValueError(f"run_id must be a run's id, got {self.run_id!r}")
-        check_place("handover", self.handover)
+        for parameter in ("handover", "checkpoints"):
+            if place := getattr(self, parameter):
+                check_place(parameter, place)
 
 
 def run(config: SweepConfig) -> None:
-    """Delete the run's jobs and their handover data; both may already be gone."""
+    """Delete the run's jobs, checkpoints and handover data; all of them may already be gone."""
     cluster = Cluster.connect()
     for kind in KINDS:
         for job in cluster.list_jobs(kind, f"{RUN_LABEL}={config.run_id}"):
             name = job["metadata"]["name"]
+            storage.use_session(job_session(job))
             cluster.delete_job(kind, name)
             log(f"job {name} deleted")
             cluster.wait_until_gone(kind, name)  # until then its pods may still write
-    place = f"{config.handover}/{config.run_id}"
-    storage.remove(place)
-    log(f"{place} removed")
+    for place in filter(None, (config.checkpoints, config.handover and f"{config.handover}/{config.run_id}")):
+        storage.remove(place)
+        log(f"{place} removed")
 
 
 def main() -> None:

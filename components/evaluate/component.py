@@ -1,6 +1,6 @@
 """KFP wrapper of the evaluate stage, for your own pipelines: in `compress`, each stage measures its own output."""
 
-from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
+from kfp.dsl import Dataset, Input, Metrics, Model, Output
 
 from components.images import gpu_pod
 
@@ -9,7 +9,6 @@ from components.images import gpu_pod
 def evaluate(
     model: Input[Model],
     tokens: Input[Dataset],
-    stats: Output[Artifact],
     metrics: Output[Metrics],
     eval_blocks: int,
     eval_seq_len: int,
@@ -24,4 +23,4 @@ def evaluate(
 
     config = configure(EvaluateConfig, locals(), model_dir=model.path, eval_data=tokens.path)
     record = run(config)
-    log_metrics(record, metrics, stats.path)
+    log_metrics(record, metrics)

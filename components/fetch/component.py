@@ -1,6 +1,6 @@
 """KFP wrapper of the fetch stage."""
 
-from kfp.dsl import Artifact, Metrics, Model, Output
+from kfp.dsl import Metrics, Model, Output
 
 from components.images import cpu_pod
 
@@ -8,7 +8,6 @@ from components.images import cpu_pod
 @cpu_pod()
 def fetch(
     dense_model: Output[Model],
-    stats: Output[Artifact],
     metrics: Output[Metrics],
     model_id: str,
     revision: str,
@@ -22,4 +21,4 @@ def fetch(
 
     config = configure(FetchConfig, locals(), output_dir=dense_model.path)
     record = run(config)
-    log_metrics(record, metrics, stats.path)
+    log_metrics(record, metrics)

@@ -32,7 +32,7 @@ def run(config: FetchConfig) -> StageRecord:
         for file in track(files, "fetching files", len(files)):
             shutil.copyfile(file, scratch / file.name)
         result.measured |= watch.read()
-        write_history(scratch, source_history(config.model_id, folder), result)
+        write_history(scratch, source_history(config.model_id, folder), result, folder)
     log(f"fetched {config.model_id}, {result.measured['bytes'] / 1e6:.0f} MB: {config.output_dir}")
     return result
 

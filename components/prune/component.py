@@ -11,7 +11,6 @@ def prune(
     tokens: Input[Dataset],
     pruned_model: Output[Model],
     mask: Output[Artifact],
-    stats: Output[Artifact],
     metrics: Output[Metrics],
     sparsity: float,
     pattern: str,
@@ -42,4 +41,4 @@ def prune(
         eval_data=tokens.path,
     )
     record = run(config)
-    log_metrics(record, metrics, stats.path)
+    log_metrics(record, metrics)

@@ -81,7 +81,7 @@ def run(config: PruneConfig) -> StageRecord:
     mask_outside = new_file(config.mask_file) if config.mask_file else contextlib.nullcontext()
     with mask_outside as mask_file, new_directory(config.output_dir) as scratch:
         save_checkpoint(model, tokenizer, scratch)
-        write_history(scratch, source_history(config.dense_model, folder), result)
+        write_history(scratch, source_history(config.dense_model, folder), result, folder)
         save_mask(mask, mask_file or scratch / MASK_FILE)
     log(f"pruned to {result.measured['sparsity']:.4f} sparsity in {result.measured['seconds']:.0f} s: {config.output_dir}")
     return result

@@ -10,8 +10,7 @@ from components.images import launcher_pod
 @launcher_pod()
 def publish(
     models: Input[List[Model]],  # noqa: UP006
-    summary: Input[Artifact],
-    stats: Output[Artifact],
+    report_files: Input[Artifact],
     metrics: Output[Metrics],
     publish_to: str,
     version: str,
@@ -26,7 +25,7 @@ def publish(
     from components.publish.config import PublishConfig
     from components.publish.stage import run
 
-    config = configure(PublishConfig, locals(), models=[model.path for model in models], summary_dir=summary.path)
+    config = configure(PublishConfig, locals(), models=[model.path for model in models], summary_dir=report_files.path)
     record = run(config)
-    log_metrics(record, metrics, stats.path)
+    log_metrics(record, metrics)
     return str(record.measured["place"])

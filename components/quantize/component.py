@@ -11,7 +11,6 @@ def quantize(
     mask: Input[Artifact],
     tokens: Input[Dataset],
     quantized_model: Output[Model],
-    stats: Output[Artifact],
     metrics: Output[Metrics],
     format: str,
     dtype: str,
@@ -35,4 +34,4 @@ def quantize(
         eval_data=tokens.path,
     )
     record = run(config)
-    log_metrics(record, metrics, stats.path)
+    log_metrics(record, metrics, prefix=f"{config.format}_")

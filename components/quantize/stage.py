@@ -72,7 +72,7 @@ def run(config: QuantizeConfig) -> StageRecord:
             result.measured["perplexity_text"] = evaluation.fingerprint()
             log_perplexity("after_quantization", result.measured["perplexity"])
         result.measured |= {"sparsity": mask.realised_sparsity(), "engine": engine.NAME, **watch.read()}
-        write_history(scratch, read_history(config.model_dir), result)
+        write_history(scratch, read_history(config.model_dir), result, config.model_dir)
     log(f"quantized to {config.format}, {result.measured['bytes'] / 1e6:.0f} MB: {config.output_dir}")
     return result
 

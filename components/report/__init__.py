@@ -1,1 +1,1 @@
-"""One HTML page, and the same numbers as JSON, built from the records of the other stages."""
+"""One HTML page, and the same numbers as JSON, built from the histories of compressed models."""

@@ -1,4 +1,4 @@
-"""The report stage from a shell: `python -m components.report --records … --output_dir …`."""
+"""The report stage from a shell: `python -m components.report --models … --output_dir …`."""
 
 from components.core.cli import main
 from components.report.config import ReportConfig

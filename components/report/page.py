@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from components.core.history import StageRecord
+from components.core.history import Source, StageRecord
 from components.report import text
 from components.report.plots import Plot
 from components.report.summary import Row, Summary, comparable
@@ -28,12 +28,12 @@ class Card:
     tone: str = ""
 
 
-def render(title: str, source: dict[str, Any], records: list[StageRecord], summary: Summary, plots: list[Plot]) -> str:
+def render(title: str, source: Source, records: list[StageRecord], summary: Summary, plots: list[Plot]) -> str:
     """Fill the template.
 
     Args:
         title: heading of the page.
-        source: `model_id` and `revision`; None if unknown.
+        source: the dense model that the models were made from.
         records: in display order.
         summary: rows and headline.
         plots: figures to show; may be empty.

@@ -8,7 +8,6 @@ from typing import Any
 
 from components.core.history import StageRecord
 
-ORDER = ("fetch", "prune", "distill", "quantize")
 MODEL_NAMES = {"fetch": "dense", "prune": "pruned", "distill": "distilled"}
 EXACT = 2**53  # whole numbers below are exact as floats
 TOO_LARGE = 1e300  # beyond this, a JSON number is a broken measurement rather than a value to print
@@ -42,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """Rows in the order of the pipeline, and which of them the headline is about.
+    """Rows in the order of the steps, and which of them the headline is about.
 
     Attributes:
         dense: the model that the run started from.
@@ -78,18 +77,8 @@ class Summary:
         return {"measured": self.measured(), "rows": [asdict(row) for row in self.rows]}
 
 
-def order(records: list[StageRecord]) -> list[StageRecord]:
-    """Sort records by the pipeline: fetch, prune, distill, quantize by format, then others in the given order."""
-
-    def key(record: StageRecord) -> tuple[int, str]:
-        position = ORDER.index(record.stage) if record.stage in ORDER else len(ORDER)
-        return position, str(record.parameters.get("format", "")) if record.stage == "quantize" else ""
-
-    return sorted(records, key=key)
-
-
 def summarize(records: list[StageRecord]) -> Summary:
-    """Build the rows from ordered records; the dense model's perplexity is what prune measured before pruning."""
+    """Build the rows from the steps' records; the dense model's perplexity is what prune measured before pruning."""
     rows: list[Row] = []
     prune = next((record for record in records if record.stage == "prune"), None)
     before = _perplexity(prune, "perplexity_before") if prune else {}

@@ -6,13 +6,19 @@ from components.images import launcher_pod
 
 
 @launcher_pod()
-def resolve(model_id: str, train_data: str, eval_data: str) -> NamedTuple(
-    "Versions", model_id=str, model_revision=str, train_revision=str, eval_revision=str
-):
-    """Find the commits of the model and the texts."""
+def resolve(
+    model_id: str, train_data: str, eval_data: str, quantize_formats: list[str], parameters: dict[str, str]
+) -> NamedTuple("Versions", model_id=str, model_revision=str, train_revision=str, eval_revision=str):
+    """Check the run's parameters, and find the commits of the model and the texts.
+
+    KFP turns each of `parameters` into text, and breaks lists, and text with quotation marks: these are arguments of their own.
+    """
+    import json
+
     from components.core.settings import configure
     from components.resolve.config import ResolveConfig
     from components.resolve.stage import run
 
-    found = run(configure(ResolveConfig, locals())).measured
+    others = json.dumps(parameters | {"quantize_formats": quantize_formats})
+    found = run(configure(ResolveConfig, locals(), parameters=others)).measured
     return (found["model_id"], found["model_revision"], found["train_revision"], found["eval_revision"])

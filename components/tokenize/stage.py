@@ -5,7 +5,7 @@ from dataclasses import asdict
 from components.core.checkpoint.checks import check_checkpoint, check_ids, check_seq_len
 from components.core.checkpoint.loading import load_tokenizer
 from components.core.files import new_directory
-from components.core.history import StageRecord, Stopwatch, stats_file, versions
+from components.core.history import StageRecord, Stopwatch, versions
 from components.core.progress import log
 from components.core.tokens import build_blocks, count_overlaps, save_tokens
 from components.tokenize.config import TokenizeConfig
@@ -49,6 +49,5 @@ def run(config: TokenizeConfig) -> StageRecord:
     result.measured |= {"overlapping_eval_blocks": overlapping, **watch.read()}
     with new_directory(config.output_dir) as scratch:
         save_tokens(blocks, scratch)
-        result.save(scratch / stats_file("tokenize"))
     log(f"tokenized: {', '.join(f'{part.ids.shape[0]} {split} blocks' for split, part in blocks.items())}")
     return result

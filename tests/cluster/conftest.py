@@ -1,8 +1,8 @@
 """The cluster that KUBECONFIG names, with job kinds, operators, and a separate namespace with the manifests for these tests.
 
 Any cluster will do if its nodes have the project's images. What it lacks is installed and removed again: the kinds PyTorchJob
-and TrainJob (PYTORCHJOB_CRD may name a file with the published schema), and an operator for them. The bucket needs the test
-machine to be the cluster's node, and so does the shared volume unless STORAGE_CLASS names a class with ReadWriteMany.
+(PYTORCHJOB_CRD may name a file with the published schema), TrainJob and Workflow, and an operator of jobs. The bucket needs
+the test machine to be the cluster's node, and so does the shared volume unless STORAGE_CLASS names a class with ReadWriteMany.
 """
 
 import os
@@ -55,10 +55,11 @@ def api() -> client.ApiClient:
 
 @pytest.fixture(scope="session")
 def kinds(api):
-    """PyTorchJob and TrainJob; those that were missing are removed at the end."""
+    """PyTorchJob, TrainJob and Workflow; those that were missing are removed at the end."""
     extensions = client.ApiextensionsV1Api(api)
     created = []
-    for file in (os.environ.get("PYTORCHJOB_CRD") or CRDS / "pytorchjobs.yaml", CRDS / "trainjobs.yaml"):
+    pytorchjobs = os.environ.get("PYTORCHJOB_CRD") or CRDS / "pytorchjobs.yaml"
+    for file in (pytorchjobs, CRDS / "trainjobs.yaml", CRDS / "workflows.yaml"):
         definition = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         name = definition["metadata"]["name"]
         try:

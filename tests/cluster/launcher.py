@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kubernetes import client
+from kubernetes.client.exceptions import ApiException
 from kubernetes.stream import stream
 
 from components.core.mask.file import MASK_FILE
+from components.distill_distributed.lifecycle import WORKFLOW
 from components.images import CPU_IMAGE, LAUNCHER_IMAGE
 from tests.cluster import pytorchjob
 from tests.cluster.conftest import ACCOUNT, wait_for
 
+WORKFLOWS = ("argoproj.io", "v1alpha1", "workflows")
 STEPS = 20
 PATIENCE = 300  # seconds to wait for anything that nodes do: they import torch on shared CPUs
 # like KFP's executor: fetch the inputs, run the stage as a child process, collect its outputs if it succeeds
@@ -65,39 +68,82 @@ def run_in(space, pod: str, *command: str) -> str:
     return stream(core.connect_get_namespaced_pod_exec, pod, space.namespace, **options)
 
 
+class Run:
+    """A run of a pipeline: the Workflow to which its pods belong.
+
+    Args:
+        space: where it runs.
+        name: its id, which is also the Workflow's name.
+    """
+
+    def __init__(self, space, name):
+        self.custom, self.path, self.name = space.custom, (*WORKFLOWS[:2], space.namespace, WORKFLOWS[2]), name
+        body = WORKFLOW | {"metadata": {"name": name}, "spec": {}}
+        self.uid = self.custom.create_namespaced_custom_object(*self.path, body)["metadata"]["uid"]
+
+    def owner(self) -> dict:
+        """The reference to it as an owner."""
+        return WORKFLOW | {"name": self.name, "uid": self.uid}
+
+    def terminate(self) -> None:
+        """Do to it what KFP's Terminate does."""
+        self.custom.patch_namespaced_custom_object(*self.path, self.name, {"spec": {"activeDeadlineSeconds": 0}})
+
+    def delete(self) -> None:
+        """Delete it, if it is there; Kubernetes then deletes what belongs to it."""
+        try:
+            self.custom.delete_namespaced_custom_object(*self.path, self.name)
+        except ApiException as error:
+            if error.status != 404:
+                raise
+
+
 class Launcher:
     """A launcher's pod.
 
     Args:
         space: where it runs.
         name: the pod's name.
-        run_id: the pipeline run that it belongs to.
+        run: the run that it belongs to.
         handover: how it and the nodes exchange models.
         flags: additional settings of the stage.
-        pod: additional settings of the nodes' pods.
     """
 
-    def __init__(self, space, name, run_id, handover, flags, pod):
-        self.space, self.name, self.run_id = space, name, run_id
-        nodes = {"env": [{"name": "OMP_NUM_THREADS", "value": "1"}, *handover.env]} | pod
+    def __init__(self, space, name, run, handover, flags):
+        self.space, self.name, self.run_id = space, name, run.name
+        nodes = {"env": [{"name": "OMP_NUM_THREADS", "value": "1"}, *handover.env]}
         nodes |= {"volumes": handover.volumes, "volume_mounts": handover.mounts}
         flags = settings(Path("/work")) | {
             "output_dir": "/work/student",
             "handover": handover.place,
             "image": CPU_IMAGE,
             "batch_size": 2,
+            "gpus": 0,
+            "cpu": "500m",  # the limit too; three nodes must find room on two cores
+            "memory": "2Gi",
             "service_account": "sparse-distill-worker",
             "pod": json.dumps(nodes),
             **flags,
         }
         stage = ["python", "-m", "components.distill_distributed", *(f"--{key}={value}" for key, value in flags.items())]
-        local = {"inputs": {"configMap": {"name": "inputs"}}, "work": {"emptyDir": {}}, "tmp": {"emptyDir": {}}}
+        self.create(run, ["sh", "-c", EXECUTOR, "sh", *stage], ["work"], handover)
+
+    def create(self, run, command, folders, handover) -> None:
+        """Create the pod.
+
+        Args:
+            run: the run that it belongs to.
+            command: what it runs.
+            folders: folders below the root that it may write to, besides /tmp.
+            handover: what it needs for it.
+        """
+        local = {"inputs": {"configMap": {"name": "inputs"}}, **{name: {"emptyDir": {}} for name in (*folders, "tmp")}}
         strict = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True}
         container = {
             "name": "main",
             "image": LAUNCHER_IMAGE,
-            "command": ["sh", "-c", EXECUTOR, "sh", *stage],
-            "env": [{"name": "KFP_POD_NAME", "value": name}, *handover.env],
+            "command": command,
+            "env": [{"name": "KFP_POD_NAME", "value": self.name}, *handover.env],
             "securityContext": strict,
             "volumeMounts": [{"name": name, "mountPath": f"/{name}"} for name in local] + handover.mounts,
         }
@@ -108,8 +154,9 @@ class Launcher:
             "containers": [container],
             "volumes": [{"name": name, **source} for name, source in local.items()] + handover.volumes,
         }
-        metadata = {"name": name, "labels": {"pipeline/runid": run_id}}
-        space.core.create_namespaced_pod(space.namespace, {"metadata": metadata, "spec": spec})
+        owner = run.owner() | {"controller": True, "blockOwnerDeletion": True}
+        metadata = {"name": self.name, "labels": {"pipeline/runid": run.name}, "ownerReferences": [owner]}
+        self.space.core.create_namespaced_pod(self.space.namespace, {"metadata": metadata, "spec": spec})
 
     def read(self) -> dict:
         """Its pod."""
@@ -143,9 +190,22 @@ class Launcher:
         """Wait until it succeeds; return the distilled model's statistics."""
         return json.loads(re.search(r"^RESULT (.*)$", self.wait_for_end("Succeeded"), re.MULTILINE)[1])
 
-    def run(self, *command: str) -> str:
+    def execute(self, *command: str) -> str:
         """Run a command in its pod; return what it prints."""
         return run_in(self.space, self.name, *command)
+
+    def end(self, how: str) -> None:
+        """End it.
+
+        Args:
+            how: "killed": all its processes at once, "preempted": its pod is deleted and asked to end, "lost": its pod is gone.
+        """
+        if how == "killed" and self.phase() == "Running":
+            self.execute("sh", "-c", "kill -KILL -1")
+            self.wait_for_end("Failed")
+        else:
+            seconds = 30 if how == "preempted" else 0
+            self.space.core.delete_namespaced_pod(self.name, self.space.namespace, grace_period_seconds=seconds)
 
     def jobs(self, kind=pytorchjob.KIND) -> list[dict]:
         """The jobs of its run."""

@@ -63,6 +63,7 @@ class Space:
     def __init__(self, api: client.ApiClient, namespace: str) -> None:
         self.core, self.custom, self.api, self.namespace = client.CoreV1Api(api), client.CustomObjectsApi(api), api, namespace
         self.fault: Exception | None = None  # why the operator died; `pods` raises it to whoever waits for its work
+        self.seen: dict[str, dict[str, str]] = {}  # uid of a job → name → version of the job and its pods when it was looked at
 
     def pods(self, selector: str) -> dict[str, dict[str, Any]]:
         """Pods with a label, by name."""
@@ -71,11 +72,17 @@ class Space:
         found = self.core.list_namespaced_pod(self.namespace, label_selector=selector).items
         return {pod.metadata.name: self.api.sanitize_for_serialization(pod) for pod in found}
 
-    def delete(self, pods, phases=("Pending", "Running", "Succeeded", "Failed", "Unknown")) -> None:
-        """Delete the pods that are in one of the phases."""
+    def delete(self, pods, phases=("Pending", "Running", "Succeeded", "Failed", "Unknown"), seconds: int | None = None) -> None:
+        """Delete the pods that are in one of the phases; with 0 `seconds` they and their logs are gone at once."""
         for name, pod in pods.items():
-            if pod["status"]["phase"] in phases and "deletionTimestamp" not in pod["metadata"]:
-                self.core.delete_namespaced_pod(name, self.namespace)
+            if pod["status"]["phase"] in phases and ("deletionTimestamp" not in pod["metadata"] or seconds == 0):
+                self.core.delete_namespaced_pod(name, self.namespace, grace_period_seconds=seconds)
+
+    def has_changed(self, job, pods) -> bool:
+        """Whether anything has happened to a job or its pods since this was last asked."""
+        versions = {name: thing["metadata"]["resourceVersion"] for name, thing in {"": job, **pods}.items()}
+        before, self.seen[job["metadata"]["uid"]] = self.seen.get(job["metadata"]["uid"]), versions
+        return versions != before
 
     def create(self, job, name: str, kind: str, labels: dict[str, str], body: dict[str, Any]) -> None:
         """Create a pod or Service that belongs to a job, unless it exists."""

@@ -2,9 +2,12 @@
 
 - `OnFailure` restarts a container in its pod, and only such restarts count towards `backoffLimit`; a pod that is gone, or has
   failed as a whole, is recreated without being counted.
-- At the backoff limit or the deadline, all pods and thus their logs are deleted before the job is marked failed.
-- A job succeeds when its master does; without a master, when all workers do or, in an elastic job, when any worker does.
-- The pods of a job without a master are given neither their rank nor the number of processes per node.
+- At the backoff limit or the deadline, all pods and thus their logs are deleted before the job is marked failed. Here they are
+  gone at once, so that nobody reads a log that the real operator sometimes leaves for a moment.
+- At the deadline it looks only when something happens to the job or its pods.
+- A job succeeds when its master does; without a master, when all workers do or, in an elastic job, when any worker does. Pods
+  that still run then are removed with their logs.
+- The pods of a job without a master are not given their rank.
 
 The init container in which workers wait for the master's name is left out, since its image is not available everywhere.
 """
@@ -24,14 +27,14 @@ def environment(job: dict[str, Any], replica: str, index: int) -> dict[str, Any]
     """The variables that a pod's container gets in addition to its own environment."""
     name, spec = job["metadata"]["name"], job["spec"]
     total = sum(entry.get("replicas", 1) for entry in spec["pytorchReplicaSpecs"].values())
-    env: dict[str, Any] = {"PYTHONUNBUFFERED": 0}
+    per_node = spec.get("nprocPerNode", "auto")
+    env: dict[str, Any] = {"PYTHONUNBUFFERED": 0, "PET_NPROC_PER_NODE": per_node}
     if "Master" in spec["pytorchReplicaSpecs"]:
-        per_node = spec.get("nprocPerNode", "auto")
         rank = index + (replica == "Worker")
         for prefix in ("", "PET_"):
             env |= {f"{prefix}MASTER_ADDR": f"{name}-master-0", f"{prefix}MASTER_PORT": PORT}
         env |= {"WORLD_SIZE": total * int(per_node) if per_node.isdecimal() else total, "RANK": rank}
-        env |= {"PET_NPROC_PER_NODE": per_node, "PET_NODE_RANK": rank}
+        env |= {"PET_NODE_RANK": rank}
     policy = spec.get("elasticPolicy")
     if policy is None:
         return env | {"PET_NNODES": total}
@@ -70,10 +73,11 @@ def reconcile(space: Space, job: dict[str, Any], status: dict[str, Any]) -> None
     """Reconcile a job."""
     name, policy, replicas = job["metadata"]["name"], job["spec"].get("runPolicy", {}), job["spec"]["pytorchReplicaSpecs"]
     pods = space.pods(f"{LABEL}job-name={name}")
+    changed = space.has_changed(job, pods)
     if not status.get("conditions"):
         set_condition(status, "Created", "PyTorchJobCreated", f"PyTorchJob {name} is created.")
     if is_true(status, "Succeeded") or is_true(status, "Failed"):
-        space.delete(pods, TO_CLEAN[policy.get("cleanPodPolicy", "None")])
+        clean(space, policy, pods)
         if past(status["completionTime"], policy.get("ttlSecondsAfterFinished")):
             space.custom.delete_namespaced_custom_object(*KIND[:2], space.namespace, KIND[2], name)
         return
@@ -87,8 +91,8 @@ def reconcile(space: Space, job: dict[str, Any], status: dict[str, Any]) -> None
     if is_true(status, "Suspended"):
         set_condition(status, "Suspended", "PyTorchJobResumed", f"PyTorchJob {name} is resumed.", "False")
         status["startTime"] = now()
-    if reached := limit_reached(policy, status, pods):
-        space.delete(pods)
+    if changed and (reached := limit_reached(policy, status, pods)):
+        space.delete(pods, seconds=0)
         conclude(space, job, status, "Failed", f"Job {name} has failed because it {reached}")
         return
     status.setdefault("startTime", now())
@@ -96,6 +100,13 @@ def reconcile(space: Space, job: dict[str, Any], status: dict[str, Any]) -> None
         count(space, job, status, pods, replica)
     for replica in replicas:
         judge(space, job, status, replica)
+    if is_true(status, "Succeeded") or is_true(status, "Failed"):
+        clean(space, policy, pods)
+
+
+def clean(space: Space, policy: dict[str, Any], pods: dict[str, dict[str, Any]]) -> None:
+    """Delete the pods that an ended job does not keep."""
+    space.delete(pods, TO_CLEAN[policy.get("cleanPodPolicy", "None")], seconds=0)
 
 
 def limit_reached(policy: dict[str, Any], status: dict[str, Any], pods: dict[str, dict[str, Any]]) -> str | None:

@@ -4,13 +4,16 @@ Its inputs and outputs are local to that pod; the nodes can reach only the hando
 """
 
 import base64
+import itertools
 import json
 import os
 import re
 import socket
 import tarfile
+import time
 import uuid
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -25,9 +28,11 @@ from components.tokenize.config import TokenizeConfig
 from components.tokenize.stage import run as tokenize
 from tests.cluster import trainjob
 from tests.cluster.conftest import wait_for
-from tests.cluster.launcher import PATIENCE, STEPS, Handover, Launcher, log_of, run_in, settings
+from tests.cluster.launcher import PATIENCE, STEPS, Handover, Launcher, Run, log_of, run_in, settings
 from tests.conftest import save_pruned
 from tests.manifests.test_manifests import MANIFESTS, render
+
+ENDS = ("killed", "preempted", "lost")
 
 
 @pytest.fixture(scope="module")
@@ -103,19 +108,22 @@ def bucket(address) -> Handover:
 
 
 @pytest.fixture
-def launch(space, inputs):
-    """A function that starts launchers of one run; whatever is left of them and their jobs is removed at the end."""
-    launchers, run_id = [], f"run-{uuid.uuid4().hex[:8]}"
+def pipeline_run(space) -> Run:
+    """A run; its pods and jobs are removed with it at the end."""
+    run = Run(space, f"run-{uuid.uuid4().hex[:8]}")
+    yield run
+    run.delete()
 
-    def start(handover, pod=None, **flags):
-        name = f"{run_id}-try-{len(launchers) + 1}"
-        launchers.append(Launcher(space, name, run_id, handover, flags, pod or {}))
-        return launchers[-1]
 
-    yield start
-    for launcher in launchers:  # Kubernetes removes the jobs with their owners
-        if launcher.name in space.pods(f"pipeline/runid={launcher.run_id}"):
-            space.core.delete_namespaced_pod(launcher.name, space.namespace, grace_period_seconds=0)
+@pytest.fixture
+def launch(space, inputs, pipeline_run):
+    """A function that starts launchers of the run."""
+    numbers = itertools.count(1)
+
+    def start(handover, **flags):
+        return Launcher(space, f"{pipeline_run.name}-try-{next(numbers)}", pipeline_run, handover, flags)
+
+    return start
 
 
 def check_like_one(models: Path, stats: dict) -> None:
@@ -129,13 +137,14 @@ def check_like_one(models: Path, stats: dict) -> None:
 
 def test_two_nodes_are_like_one_process_and_hand_over_by_a_shared_volume(launch, volume, models):
     """The requested GPUs go to the nodes and not to the launcher; no container may run as root."""
-    launcher = launch(volume, pod={"resources": {"limits": {"nvidia.com/gpu": "1"}}})
+    launcher = launch(volume, gpus=1)
     launcher.wait_for_line("running on 2 nodes")
     nodes = launcher.nodes()
     assert nodes.keys() == {"master-0", "worker-0"}
     for pod in nodes.values():
         (container,) = pod["spec"]["containers"]
-        assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": "1", "cpu": "500m", "memory": "2Gi"}
+        assert container["resources"]["requests"] == container["resources"]["limits"]
         assert pod["spec"]["serviceAccountName"] == "sparse-distill-worker"
         assert not [mount for mount in container["volumeMounts"] if "serviceaccount" in mount["mountPath"]]
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
@@ -200,28 +209,74 @@ def test_a_node_that_is_lost_comes_back_and_the_run_goes_on_from_its_checkpoint(
     assert stats["sparse_integrity_check"]["violations"] == 0
 
 
-def test_a_launcher_that_was_killed_is_followed_by_one_that_adopts_its_job(launch, volume, models):
+def check_trained_once(launcher: Launcher, steps: int) -> None:
+    """Wait for a launcher's result, and check that its job was trained once: each step, in containers that never restarted."""
+    stats = launcher.result()
+    assert [step["step"] for step in stats["details"]["steps"]] == list(range(1, steps + 1))
+    assert stats["sparse_integrity_check"]["violations"] == 0
+    log = launcher.log()
+    assert "adopting it" in log
+    assert "resuming from" not in log
+    for name, pod in launcher.nodes().items():
+        assert [status["restartCount"] for status in pod["status"]["containerStatuses"]] == [0], name
+
+
+def test_a_launcher_that_was_preempted_is_followed_by_one_that_adopts_its_job(launch, volume, pipeline_run):
     first = launch(volume)
-    first.wait_for_line("created: PyTorchJob")
-    first.run("sh", "-c", "kill -KILL $(cat /work/pid)")
-    first.wait_for_end("Failed")
-    (job,) = first.jobs()
+    first.wait_for_line("running on 2 nodes")
+    (job,), nodes = first.jobs(), first.nodes()
+    assert job["metadata"]["ownerReferences"] == [pipeline_run.owner()]
+    first.end("preempted")
     second = launch(volume)
     second.wait_for_line("adopting it")
-    check_like_one(models, second.result())
+    check_trained_once(second, STEPS)
     (adopted,) = second.jobs()
     assert adopted["metadata"]["uid"] == job["metadata"]["uid"]
-    assert [owner["name"] for owner in adopted["metadata"]["ownerReferences"]] == [second.name]
+    assert adopted["metadata"]["ownerReferences"] == [pipeline_run.owner()]
+    uids = [{name: pod["metadata"]["uid"] for name, pod in found.items()} for found in (nodes, second.nodes())]
+    assert uids[1].items() <= uids[0].items()  # a worker may have been removed after the master's success
+    pipeline_run.delete()
+    wait_for("the job's removal with its run", lambda: not second.jobs() and not second.nodes(), PATIENCE)
 
 
-@pytest.mark.parametrize("seconds", [30, 0], ids=["asked", "at-once"])
-def test_when_the_launcher_is_deleted_the_job_goes_too(launch, volume, space, seconds):
+def test_launchers_that_end_at_any_moment_have_one_job_which_trains_once(launch, volume):
+    """LAUNCHER_KILLS says how many; the job takes longer than they do, so that it runs at all of these moments."""
+    random = Random(int(os.environ.get("LAUNCHER_SEED", "0")))
+    kills = int(os.environ.get("LAUNCHER_KILLS", "3"))
+    steps, jobs, told = 60 * kills, set(), []
+    for _ in range(kills):
+        launcher, seconds, how = launch(volume, max_steps=steps, epochs=kills), random.uniform(0, 20), random.choice(ENDS)
+        time.sleep(seconds)
+        jobs |= {job["metadata"]["uid"] for job in launcher.jobs()}
+        told.append(f"{how} after {seconds:.1f} s, {'had adopted' if 'adopting it' in launcher.log() else 'had not adopted'}")
+        assert launcher.phase() in ("Pending", "Running"), launcher.log()
+        launcher.end(how)
+        jobs |= {job["metadata"]["uid"] for job in launcher.jobs()}
+    print(*told, sep="\n")
+    last = launch(volume, max_steps=steps, epochs=kills)
+    check_trained_once(last, steps)
+    assert len(jobs | {job["metadata"]["uid"] for job in last.jobs()}) == 1
+
+
+@pytest.mark.parametrize("end", ["terminated", "deleted"])
+def test_when_the_run_ends_its_job_goes_too(launch, volume, pipeline_run, end):
     launcher = launch(volume)
     launcher.wait_for_line("created: PyTorchJob")
     wait_for("the nodes", lambda: len(launcher.nodes()) == 2)
-    space.core.delete_namespaced_pod(launcher.name, space.namespace, grace_period_seconds=seconds)
+    if end == "terminated":
+        pipeline_run.terminate()
+        launcher.end("preempted")  # it gets the same signal
+    else:
+        pipeline_run.delete()
     wait_for("the job's removal", lambda: not launcher.jobs())
     wait_for("the nodes' removal", lambda: not launcher.nodes(), PATIENCE)
+
+
+def test_the_launcher_holds_the_deadline(launch, volume):
+    launcher = launch(volume, max_steps=0, epochs=1000, deadline=30)  # the operator's count ends while nothing happens
+    log = launcher.wait_for_end("Failed")
+    assert re.search(r"^error: job \S+ still runs at its deadline of 30 s", log, re.MULTILINE)
+    assert not launcher.jobs()
 
 
 def test_an_image_that_is_not_there_is_told_soon_and_a_sweep_removes_the_job(launch, volume):
@@ -229,13 +284,16 @@ def test_an_image_that_is_not_there_is_told_soon_and_a_sweep_removes_the_job(lau
     launcher.wait_for_line("created: PyTorchJob")
     launcher.wait_for_line("waits: (ErrImagePull|ImagePullBackOff): .*not-there", 60)
     sweep = ["python", "-m", "components.distill_distributed.sweep"]
-    assert "deleted" in launcher.run(*sweep, f"--run_id={launcher.run_id}", f"--handover={volume.place}")
+    assert "deleted" in launcher.execute(*sweep, f"--run_id={launcher.run_id}", f"--handover={volume.place}")
     assert "was deleted" in launcher.wait_for_end("Failed")
     assert not launcher.jobs()
 
 
 def test_a_job_that_fails_fails_the_stage_with_the_end_of_its_log(launch, volume):
-    launcher = launch(volume, image=LAUNCHER_IMAGE, retries=0)  # an image without torch
+    """Although the operator takes the nodes away, logs and all, when it sees that they have failed."""
+    launcher = launch(volume, image=LAUNCHER_IMAGE, retries=0, job_file=f"{volume.place}/job")  # an image without torch
     log = launcher.wait_for_end("Failed")
     assert "No module named 'torch'" in log
-    assert re.search(r"^error: job \S+ failed: PyTorchJobFailed: .*backoff limit.*exit code 1", log, re.MULTILINE)
+    assert re.search(r"^error: job \S+ failed: PyTorchJobFailed: .*backoff limit", log, re.MULTILINE)
+    assert launcher.nodes() == {}
+    assert re.search(rf"the last lines of \S+-master-0, \S+-worker-0 are in {volume.place}/job.logs", log)

@@ -1,10 +1,13 @@
 """The stand-in for Kubeflow's operators behaves as they do, shown by jobs that run a shell command."""
 
+import time
+
 import pytest
 
 from components.images import CPU_IMAGE
 from tests.cluster import pytorchjob, trainjob
 from tests.cluster.conftest import wait_for
+from tests.cluster.launcher import run_in
 
 SHOW_ENV = "env | sort"
 ASLEEP = "exec sleep 600"
@@ -84,16 +87,26 @@ def pytorch_job(space):
 
 
 def test_the_pods_find_each_other_and_the_masters_success_is_the_jobs(pytorch_job):
-    job = pytorch_job("plain", f"{RESOLVE}; {SHOW_ENV}; sleep 3", f"{RESOLVE}; {SHOW_ENV}", workers=2, nprocPerNode="4")
+    master = f"{RESOLVE}; {SHOW_ENV}; until test -e /scratch/end; do sleep 0.2; done"
+    job = pytorch_job("plain", master, f"{RESOLVE}; {SHOW_ENV}", workers=2, nprocPerNode="4")
+    phases = {"plain-master-0": "Running", "plain-worker-0": "Succeeded", "plain-worker-1": "Succeeded"}
+    wait_for("the workers' end", lambda: {name: pod["status"]["phase"] for name, pod in job.pods().items()} == phases)
+    assert "Succeeded" not in job.conditions()
+    run_in(job.space, "plain-master-0", "touch", "/scratch/end")
     job.wait_for("Succeeded")
     assert list(job.conditions()) == ["Created", "Running", "Succeeded"]
     assert job.conditions()["Running"]["status"] == "False"
-    wait_for("the last worker's end", lambda: {pod["status"]["phase"] for pod in job.pods().values()} == {"Succeeded"})
     for replica, rank in (("master-0", "0"), ("worker-0", "1"), ("worker-1", "2")):
         found = job.environment(replica)
         wanted = {"WORLD_SIZE": "12", "PET_NNODES": "3", "PET_NPROC_PER_NODE": "4", "PET_MASTER_PORT": "23456"}
         wanted |= {"RANK": rank, "PET_NODE_RANK": rank, "MASTER_ADDR": "plain-master-0", "PET_MASTER_ADDR": "plain-master-0"}
         assert wanted.items() <= found.items()
+
+
+def test_a_worker_that_still_runs_when_the_master_succeeds_is_removed(pytorch_job):
+    job = pytorch_job("early", "sleep 3", ASLEEP)
+    job.wait_for("Succeeded")
+    wait_for("the worker's removal", lambda: list(job.pods()) == ["early-master-0"])
 
 
 def test_an_elastic_job_has_a_meeting_point_and_ends_with_any_workers_success(pytorch_job):
@@ -104,8 +117,9 @@ def test_an_elastic_job_has_a_meeting_point_and_ends_with_any_workers_success(py
     wait_for("the other's removal", lambda: list(job.pods()) == ["elastic-worker-1"])
     found = job.environment("worker-1")
     wanted = {"PET_NNODES": "1:2", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": "elastic-worker-0:23456"}
-    assert (wanted | {"PET_RDZV_ID": "meeting", "PET_MAX_RESTARTS": "5"}).items() <= found.items()
-    assert not {"RANK", "PET_NODE_RANK", "PET_NPROC_PER_NODE", "MASTER_ADDR"} & found.keys()
+    wanted |= {"PET_RDZV_ID": "meeting", "PET_MAX_RESTARTS": "5", "PET_NPROC_PER_NODE": "4"}
+    assert wanted.items() <= found.items()
+    assert not {"RANK", "PET_NODE_RANK", "MASTER_ADDR"} & found.keys()
 
 
 def test_a_container_that_fails_starts_again_in_its_pod(pytorch_job):
@@ -140,8 +154,13 @@ def test_a_pod_that_is_gone_is_made_anew(pytorch_job):
     assert after["gone-worker-0"]["metadata"]["uid"] != before["gone-worker-0"]["metadata"]["uid"]
 
 
-def test_a_deadline_ends_a_job(pytorch_job):
-    job = pytorch_job("late", ASLEEP, policy={"activeDeadlineSeconds": 3})
+def test_a_deadline_ends_a_job_only_when_something_happens_to_it(pytorch_job):
+    job = pytorch_job("late", ASLEEP, policy={"activeDeadlineSeconds": 10})
+    job.wait_for("Running")
+    time.sleep(14)
+    assert "Failed" not in job.conditions()
+    change = {"metadata": {"annotations": {"something": "happens"}}}
+    job.space.custom.patch_namespaced_custom_object(*job.path, job.name, change)
     assert "deadline" in job.wait_for("Failed")["message"]
     wait_for("the removal of all pods", lambda: not job.pods())
 

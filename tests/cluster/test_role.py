@@ -10,6 +10,7 @@ VERBS = ("create", "get", "list", "watch", "update", "patch", "delete", "deletec
 GROUPS = {
     "": "/api/v1",
     "apps": "/apis/apps/v1",
+    "argoproj.io": "/apis/argoproj.io/v1alpha1",
     "batch": "/apis/batch/v1",
     "kubeflow.org": "/apis/kubeflow.org/v1",
     "rbac.authorization.k8s.io": "/apis/rbac.authorization.k8s.io/v1",

@@ -36,7 +36,7 @@ def finished(built, tmp_path_factory, corpus):
 def test_the_run_ends_with_a_report_and_published_models(finished):
     folder, done = finished
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(next(folder.glob("compress-*/report/summary/summary.json")).read_text())["rows"]
+    rows = json.loads(next(folder.glob("compress-*/report/report_files/summary.json")).read_text())["rows"]
     assert {row["name"] for row in rows} == {"dense", "pruned", "distilled", "int8", "fp8"}
     assert all(abs(row["sparsity"] - 0.7) < 1e-3 for row in rows[1:])
     assert (folder / "published" / "latest.json").is_file()

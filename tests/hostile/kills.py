@@ -16,6 +16,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from tests.hostile.buckets import lost_nodes, lost_pods
 from tests.hostile.harness import CASE_TIMEOUT, Case, Kind, Running, flags, free_port, leftovers
 from tests.hostile.lab import EVALUATION, Lab
 from tests.hostile.outputs import wrong
@@ -36,7 +37,10 @@ def cases(lab: Lab, random: Random, count: int) -> Iterator[Case]:
     others = count // 65
     yield from _runs(lab, random, others)
     yield from _groups(lab, random, others)
-    for _ in range(count - 2 * others):
+    pods = max(count // 52, 1)
+    yield from lost_pods(lab, random, pods)
+    yield from lost_nodes(lab, random, count // 104)
+    for _ in range(count - 2 * others - pods - count // 104):
         name = random.choice(list(STAGES))
         changes = random.choice(VARIANTS.get(name, [{}]))
         number = random.choice((signal.SIGKILL, signal.SIGTERM))

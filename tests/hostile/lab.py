@@ -75,7 +75,7 @@ class Lab:
                 **data,
             },
             "evaluate": {"model_dir": self.path("pruned"), **data},
-            "report": {"records": [self.path("int8")], "output_dir": "output"},
+            "report": {"models": [self.path("int8"), self.path("fp8")], "output_dir": "output"},
             "publish": {
                 "models": [self.path("int8")],
                 "summary_dir": self.path("summary"),

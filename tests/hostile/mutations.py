@@ -69,10 +69,10 @@ TARGETS = [
     Target("evaluate", "eval_data", "tokens", "tokens.safetensors", 2),
     Target("distill", "train_data", "tokens", "tokens.safetensors", 0.5),
     Target("prune", "calibration_data", "tokens", "tokens.safetensors", 0.5),
-    Target("report", "records", "int8", "quantize_stats.json", 0.5),
-    Target("report", "records", "distilled", "distill_stats.json", 0.5),
-    Target("report", "records", "pruned", "prune_stats.json", 0.5),
-    Target("report", "records", "int8", "compression.json", 0.3),
+    Target("report", "models", "int8", "quantize_stats.json", 0.5),
+    Target("report", "models", "int8", "distill_stats.json", 0.5),
+    Target("report", "models", "int8", "prune_stats.json", 0.5),
+    Target("report", "models", "int8", "compression.json", 0.3),
     Target("publish", "models", "int8", "compression.json", 2),
     Target("publish", "publish_to", "published", "v1/complete.json", 1, {"version": "v1"}),
     Target("publish", "publish_to", "published", "v1/version.json", 1, {"version": "v1"}),
@@ -104,11 +104,10 @@ def _case(lab: Lab, target: Target, seed: int) -> Case:
         source = lab.copy(target.source, place)
         file = source / target.file if target.file else source
         how = mutate(file, Random(seed))
-        value: Any = str(source if target.setting not in ("records",) else file)
         settings = lab.settings(target.stage, **target.changes)
         if target.changes.get("backend"):
             settings["master_port"] = free_port()
-        settings[target.setting] = [value] if isinstance(settings.get(target.setting), list) else value
+        settings[target.setting] = [str(source)] if isinstance(settings.get(target.setting), list) else str(source)
         ended = stage(target.stage, settings, place) if target.alone else stage_here(target.stage, settings)
         fault = verdict(ended, target, file, *settings)
         return f"{how}: {fault}" if fault else None

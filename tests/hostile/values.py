@@ -6,6 +6,7 @@ left behind and no secret repeated.
 
 import ctypes
 import dataclasses
+import json
 import os
 import sys
 import time
@@ -48,6 +49,7 @@ RELATED = {
     "registry": ("publish_to",),
     "model": ("registry",),
     "revision": ("train_data", "eval_data"),
+    "parameters": ("must be a parameter of",),
 }
 HUGE = "9" * 5000
 NUMBERS = (
@@ -86,6 +88,32 @@ STRUCTURES = (
     '{"volumes": [[]]}', '{"inputs": {}}', '["--seed=1"]', '[1, null]', '{"x": "../../etc"}', '{"x": 1}', "NaN",
     '{"a": 1e999}', '"\\ud800"', "{1: 2}",
 )  # fmt: skip
+# parameters of a run as the resolve stage is given them → what an error must name
+RUNS = {
+    json.dumps({name: value}): name
+    for name, values in {
+        "prune_sparsity": ("0.5", "1.3", "nan", "1e999", "", "0.5\n", HUGE, None, True, [0.5], {}, 1e300, "٣"),
+        "distill_epochs": ("1", "1.0", "1.5", "-1", "1e3", HUGE, 10**400, -(10**30), 2.5, "abc"),
+        "skip_ppl_eval": ("true", "True", "yes", "", 1, False),
+        "publish_to": (
+            "", "/proc/x", "/dev/null/x", "/" + "a" * 300, "gs://", 'x"y', "/a\nb", f"s3://b/x?token={PASSWORD}",
+            f"https://user:{PASSWORD}@host.invalid/x", 7,
+        ),
+        "quantize_formats": (["fp8"], "int8", [], ["int4"], [1], [["int8"]], {"a": 1}),
+        "gpu_type": (TOKEN, "", "gpu", "a" * 100_000),
+        "prune_memory": ("16m", "-1", "1e3", "16Gi ", HUGE),
+        "no_such": (1, "x"),
+        TOKEN: (1,),
+    }.items()
+    for value in values
+}  # fmt: skip
+RUNS |= {
+    '{"distill_handover": "/tmp"}': "distill_image",
+    '{"distill_handover": "/proc/x", "distill_image": "x"}': "distill_handover",
+    '{"skip_ppl_eval": "true", "publish_max_ppl_ratio": "2"}': "publish_max_ppl_ratio",
+    '{"": 1}': "must be a parameter of",
+    '{"model_id": 5}': "",
+}
 
 
 @dataclass(frozen=True)
@@ -131,7 +159,9 @@ def programs(lab: Lab) -> dict[str, Program]:
     cluster = {"handover": lab.path("handover"), "image": "x"}
     job = lab.settings("distill") | cluster
     made["distill_distributed"] = Program("components.distill_distributed", DistillDistributedConfig, job)
-    node = {"place": lab.path("handover"), "inputs": "{}", "flags": "[]"}
+    inputs = {"teacher_model": "dense", "student_model": "pruned", "mask_file": "pruned", "train_data": "tokens"}
+    node = {"result": lab.path("handover"), "flags": "[]"}
+    node["inputs"] = json.dumps({parameter: lab.path(folder) for parameter, folder in inputs.items()})
     made["node"] = Program("components.distill_distributed.node", NodeConfig, node, _hasty)
     sweep = {"run_id": "x", "handover": lab.path("handover")}
     made["sweep"] = Program("components.distill_distributed.sweep", SweepConfig, sweep)
@@ -186,8 +216,10 @@ def _values(kind: Any, name: str) -> Iterator[Any]:
         yield from NUMBERS
     elif kind is str:
         yield from (place for place in PLACES if not (name in WRITTEN and place in OUTSIDE))
-        if name in ("pod", "inputs", "flags", "params"):
+        if name in ("pod", "inputs", "flags", "params", "parameters"):
             yield from STRUCTURES
+        if name == "parameters":
+            yield from RUNS
     else:
         yield from map(list, LISTS)
         yield from ([place] for place in PLACES)
@@ -214,6 +246,8 @@ def _judge(ended: Ended, parameter: str, value: Any) -> str | None:
     names = [parameter, *RELATED.get(parameter.rpartition("_")[2], ())]
     if isinstance(value, str) and 2 < len(value) < 100:
         names.append(value)  # what is wrong with a file is told by its name
+    if isinstance(value, str) and value in RUNS:
+        names = ["***" if RUNS[value] == TOKEN else RUNS[value]]
     if isinstance(value, list):  # of which each element may be refused by a name of its own
         names = []
     return refusal(ended, *names)

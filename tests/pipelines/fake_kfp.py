@@ -1,6 +1,7 @@
-"""The part of the KFP API that the commands use, on loopback: it stores what it receives and checks every request.
+"""The part of KFP 2.17 that the commands use, on loopback: it stores what it receives and checks every request.
 
-Bodies must match kfp-server-api's models, lists come in pages of two, and any login but the right one is rejected.
+Bodies must match kfp-server-api's models, lists come in pages of two, and any login but the right one is rejected. It answers
+as KFP's UI does, which passes the two APIs on to the API server and has the pods' logs itself, or as the API server alone.
 """
 
 import email
@@ -19,6 +20,16 @@ from kfp.client import Client
 
 PAGE = 2
 TOKEN = "canary-token-1f0e"
+FIELDS = {"display_name", "state", "storage_state", "created_at"}  # what a filter may name, among others
+# a node's phase in Argo → the state of the task that KFP makes of it
+STATES = {
+    "Running": "RUNNING",
+    "Succeeded": "SUCCEEDED",
+    "Skipped": "SKIPPED",
+    "Omitted": "RUNTIME_STATE_UNSPECIFIED",
+    "Failed": "FAILED",
+    "Error": "FAILED",
+}
 SCALARS = {"str": (str, int), "int": int, "bool": bool, "datetime": str}  # 64-bit integers are sent as text or as numbers
 
 
@@ -54,8 +65,12 @@ class FakeKfp:
         self.requests = []  # "METHOD path" of each request
         self.namespaces = {}  # "METHOD path" → the namespace in that request
         self.uploads = []  # the uploaded files' bytes
-        self.run_answers = []  # answers to successive requests for a run: a state, or an HTTP status
-        self.task_details = []
+        # answers to successive requests for a run: a state, a state and the run's workflow from then on, or an HTTP status
+        self.run_answers = []
+        self.workflows = {}  # run's id → its Argo workflow
+        self.logs = {}  # pod's name → what is in its log
+        self.is_ui = True
+        self.multi_user = False
         self.headers = None  # of the last request
         self.refusal = None  # (HTTP status, content type, body) for every request
         self.lock = threading.Lock()
@@ -70,7 +85,9 @@ class FakeKfp:
         found = [thing for thing in self.things[kind] if where.items() <= thing.items()]
         if "filter" in query:
             for predicate in json.loads(query["filter"])["predicates"]:
-                found = [thing for thing in found if thing[predicate["key"]] == predicate["stringValue"]]
+                assert predicate["key"] in FIELDS
+                equal = {"EQUALS": True, 1: True, "NOT_EQUALS": False, 2: False}[predicate["operation"]]
+                found = [thing for thing in found if (thing[predicate["key"]] == predicate["stringValue"]) is equal]
         start = int(query.get("page_token") or 0)
         token = {"next_page_token": str(start + PAGE)} if len(found) > start + PAGE else {}
         model = f"V2beta1List{kind.title().replace('_', '')}Response"
@@ -86,7 +103,7 @@ class FakeKfp:
         self.namespaces[self.requests[-1]] = (query | body).get("namespace")
         match method, *path.split("/"):
             case "GET", "healthz":
-                return 200, {"multi_user": False}
+                return 200, {"multi_user": self.multi_user}
             case "POST", "pipelines", "upload_version":
                 form = f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode() + content
                 (part,) = email.message_from_bytes(form).get_payload()
@@ -108,13 +125,19 @@ class FakeKfp:
                 return 200, self.add("experiments", "experiment_id", body)
             case "POST", "runs":
                 check(body, "V2beta1Run")
-                return 200, self.add("runs", "run_id", body)
+                return 200, self.add("runs", "run_id", body | {"state": "PENDING", "created_at": "2026-11-24T08:00:00Z"})
+            case "GET", "runs":
+                return 200, self.page("runs", query, experiment_id=query["experiment_id"])
             case "GET", "runs", run:
-                said = self.run_answers.pop(0) if len(self.run_answers) > 1 else self.run_answers[0]
-                if isinstance(said, int):
-                    return said, {"message": "not now"}
-                (found,) = [thing for thing in self.things["runs"] if thing["run_id"] == run]
-                return 200, found | {"state": said, "run_details": {"task_details": self.task_details}}
+                return self.run(run)
+            case "POST", "runs", named:
+                identity, _, act = named.partition(":")
+                assert act == "terminate"
+                for thing in self.things["runs"]:
+                    if thing["run_id"] == identity and thing["state"] in ("PENDING", "RUNNING", "PAUSED"):
+                        thing["state"] = "CANCELING"
+                        return 200, {}
+                return 400, {"message": f"Failed to terminate a run {identity}. Row not found"}
             case "GET", "recurringruns":
                 return 200, self.page("recurring_runs", query)
             case "POST", "recurringruns":
@@ -123,12 +146,57 @@ class FakeKfp:
             case "POST" | "DELETE", "recurringruns", named:
                 identity, _, act = named.partition(":")
                 (found,) = [thing for thing in self.things["recurring_runs"] if thing["recurring_run_id"] == identity]
-                if method == "DELETE":
+                if method == "DELETE":  # the workflows are owned by the schedule's object
                     self.things["recurring_runs"].remove(found)
+                    for run in self.things["runs"]:
+                        if run.get("recurring_run_id") == identity:
+                            del self.workflows[run["run_id"]]
                 else:
                     found["status"] = {"enable": "ENABLED", "disable": "DISABLED"}[act]
                 return 200, {}
         return 404, {"message": f"nothing at {method} {path}"}
+
+    def run(self, identity):
+        """(HTTP status, JSON) for a run."""
+        said = self.run_answers.pop(0) if len(self.run_answers) > 1 else self.run_answers[0]
+        if isinstance(said, int):
+            return said, {"message": "not now"}
+        found = next((thing for thing in self.things["runs"] if thing["run_id"] == identity), None)
+        if found is None:
+            return 404, {"message": f"Run {identity} not found"}
+        if not isinstance(said, str):
+            said, self.workflows[identity] = said
+        found["state"] = said
+        nodes = self.workflows.get(identity, {"status": {"nodes": {}}})["status"]["nodes"].values()
+        tasks = [{"display_name": node["displayName"], "state": STATES[node["phase"]]} for node in nodes]
+        answer = found | {"run_details": {"task_details": tasks}}
+        check(answer, "V2beta1Run")
+        return 200, answer
+
+    def workflow(self, identity):
+        """(HTTP status, JSON) for a run, by the v1beta1 API."""
+        self.requests.append(f"GET workflow of {identity}")
+        manifest = (
+            {"workflow_manifest": json.dumps(self.workflows[identity], sort_keys=True)} if identity in self.workflows else {}
+        )
+        return 200, {"run": {"id": identity}, "pipeline_runtime": manifest}
+
+    def log(self, path, query):
+        """(HTTP status, content type, text) for a pod's log."""
+        if not self.is_ui:
+            if not (match := re.fullmatch(r"/apis/v1alpha1/runs/([\w-]+)/nodes/([\w-]+)/log", path)):
+                return 404, "text/plain", "404 page not found"
+            if match[2] not in self.logs:
+                return 500, "application/json", '{"error_message": "Failed to read logs for run"}'
+            return 200, "text/plain", self.logs[match[2]]
+        if path != "/k8s/pod/logs":
+            return 404, "text/html", f"<pre>Cannot GET {path}</pre>"
+        if self.multi_user and "podnamespace" not in query:
+            return 422, "text/plain", "podnamespace argument is required"
+        workflow = self.workflows[query["runid"]]
+        if query["podname"] not in self.logs or query.get("podnamespace") not in (None, workflow["metadata"]["namespace"]):
+            return 500, "text/plain", "Could not get main container logs: Error"
+        return 200, "text/plain", self.logs[query["podname"]]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -147,18 +215,27 @@ class Handler(BaseHTTPRequestHandler):
             status, text = 401, json.dumps({"message": f"no such token: {self.headers.get('Authorization')}"})
         else:
             query = {name: values[0] for name, values in parse_qs(parts.query).items()}
-            try:
-                with kfp.lock:
-                    path = parts.path.removeprefix("/apis/v2beta1/")
-                    status, answer = kfp.answer(self.command, path, query, content, self.headers)
-            except AssertionError as error:
-                status, answer = 400, {"message": str(error)}
-            text = json.dumps(answer)
+            with kfp.lock:
+                status, kind, text = self.routed(parts.path, query, content)
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(text.encode())))
+        content = text if isinstance(text, bytes) else text.encode()
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(text.encode())
+        self.wfile.write(content)
+
+    def routed(self, path, query, content):
+        kfp = self.server.kfp
+        if not path.startswith(("/apis/v1beta1/", "/apis/v2beta1/")):
+            return kfp.log(path, query)
+        try:
+            if path.startswith("/apis/v1beta1/runs/"):
+                status, answer = kfp.workflow(path.removeprefix("/apis/v1beta1/runs/"))
+            else:
+                status, answer = kfp.answer(self.command, path.removeprefix("/apis/v2beta1/"), query, content, self.headers)
+        except AssertionError as error:
+            status, answer = 400, {"message": str(error)}
+        return status, "application/json", json.dumps(answer)
 
     do_GET = do_POST = do_DELETE = handle_one  # noqa: N815 (http.server's names)
 

@@ -9,12 +9,13 @@ import yaml
 from docstring_parser import parse
 
 from pipelines import compile as compile_module
+from pipelines.checks import ALONE
 from pipelines.compress import compress
 from pipelines.compress_distributed import compress_distributed
 from pipelines.reference import documents
 
 PIPELINES = {pipeline.name: pipeline for pipeline in (compress, compress_distributed)}
-ASKS_FOR_GPUS = {"prune", "distill", "distill-distributed", "quantize"}
+ASKS_FOR_GPUS = {"prune", "distill", "quantize"}
 NEVER_CACHED = {"resolve", "publish", "sweep-jobs"}  # they read or change state outside the run
 
 
@@ -46,7 +47,8 @@ def test_a_volume_takes_the_place_of_the_bucket(tmp_path, monkeypatch):
     assert spec["root"]["inputDefinitions"]["parameters"]["distill_handover"]["defaultValue"] == "/handover"
     executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     mounts = {name: entry["pvcMount"][0]["mountPath"] for name, entry in executors.items() if "pvcMount" in entry}
-    assert mounts == {"exec-distill-distributed": "/handover", "exec-sweep-jobs": "/handover"}
+    # resolve writes to it, to find out whether that can be done
+    assert mounts == dict.fromkeys(("exec-distill-distributed", "exec-resolve", "exec-sweep-jobs"), "/handover")
 
 
 def test_every_parameter_is_described(spec):
@@ -113,15 +115,80 @@ def test_formats_are_quantized_side_by_side(spec):
     assert "iteratorPolicy" not in loop  # no limit: the formats run in parallel
 
 
+def test_the_launcher_asks_for_little_and_hands_the_nodes_sizes_to_them():
+    """With nothing of its own it would be the first to be evicted; with the nodes' sizes it would occupy a node."""
+    spec = next(iter(yaml.safe_load_all((compile_module.COMPILED / "compress-distributed.yaml").read_text())))
+    task, container = pods(spec)["distill-distributed"]
+    channel = "{{{{$.inputs.parameters['pipelinechannel--{}']}}}}"
+    assert container["resources"] == {
+        "resourceCpuLimit": channel.format("light_cpu"),
+        "resourceMemoryLimit": channel.format("light_memory"),
+    }
+    given = {name: value.get("componentInputParameter") for name, value in task["inputs"]["parameters"].items()}
+    sizes = {"gpus": "distill_gpus", "cpu": "distill_cpu", "memory": "distill_memory", "gpu_type": "gpu_type"}
+    assert {name: given[name] for name in sizes} == sizes
+
+
+def test_the_first_pod_is_given_every_parameter_and_what_it_takes_to_reach_the_places(spec):
+    """KFP puts text into a dictionary as it is, which no list survives, nor a path with a quotation mark."""
+    task, _ = pods(spec)["resolve"]
+    given = task["inputs"]["parameters"]
+    packed = given["parameters"]["runtimeValue"]["constant"]
+    definitions = spec["root"]["inputDefinitions"]["parameters"]
+    for name, value in packed.items():
+        assert value == f"{{{{$.inputs.parameters['pipelinechannel--{name}']}}}}"
+        assert given[f"pipelinechannel--{name}"]["componentInputParameter"] == name
+        assert definitions[name]["parameterType"] in ("STRING", "NUMBER_INTEGER", "NUMBER_DOUBLE", "BOOLEAN")
+    alone = {name for name in definitions if given.get(name, {}).get("componentInputParameter") == name}
+    assert alone == ALONE | {"quantize_formats"}
+    assert packed.keys() == definitions.keys() - alone
+
+
+def test_the_pods_that_write_to_a_place_have_the_secrets_of_the_stores():
+    _, platform = yaml.safe_load_all((compile_module.COMPILED / "compress-distributed.yaml").read_text())
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    known = {name for name, entry in executors.items() if "sparse-distill-s3" in str(entry.get("secretAsEnv"))}
+    assert known == {"exec-resolve", "exec-distill-distributed", "exec-publish", "exec-sweep-jobs"}
+    _, platform = yaml.safe_load_all((compile_module.COMPILED / "compress.yaml").read_text())
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    known = {name for name, entry in executors.items() if "sparse-distill-s3" in str(entry.get("secretAsEnv"))}
+    assert known == {"exec-resolve", "exec-distill", "exec-remove-checkpoints", "exec-publish"}
+
+
+def test_artifacts_say_what_they_are_and_the_report_reads_the_models_alone(spec):
+    """The list of artifacts in the UI shows no more of an artifact than its task and its name."""
+    parts = {
+        name.removeprefix("comp-"): component for name, component in spec["components"].items() if "executorLabel" in component
+    }
+    made = {name: set(part.get("outputDefinitions", {}).get("artifacts", {})) - {"metrics"} for name, part in parts.items()}
+    distill = {"distill": {"distilled_model"}, "remove-checkpoints": set()} if "distill" in parts else {
+        "distill-distributed": {"distilled_model", "job_manifest"}, "sweep-jobs": {"place"},
+    }  # fmt: skip
+    assert made == distill | {
+        "resolve": set(),
+        "fetch": {"dense_model"},
+        "tokenize": {"tokens"},
+        "prune": {"pruned_model", "mask"},
+        "quantize": {"quantized_model"},
+        "report": {"compression_report", "report_files"},
+        "publish": set(),
+    }
+    assert {name: parts[name]["inputDefinitions"]["artifacts"].keys() for name in ("report", "publish")} == {
+        "report": {"models"},
+        "publish": {"models", "report_files"},
+    }
+    nested = spec["components"]["comp-quantize-format"]["outputDefinitions"]["artifacts"]
+    assert nested.keys() - {name for name in nested if name.endswith("-metrics")} == {"quantized_model"}
+
+
 def test_the_job_of_many_nodes_gets_what_is_set_on_its_task():
-    """Otherwise the launcher would request the GPUs, and the nodes none."""
     spec = next(iter(yaml.safe_load_all((compile_module.COMPILED / "compress-distributed.yaml").read_text())))
     passed = {
         entry["field"]: entry.get("applyToTask", False)
         for entry in spec["components"]["comp-distill-distributed"]["taskConfigPassthroughs"]
     }
     assert passed == {
-        "RESOURCES": False,
+        "RESOURCES": True,  # those of the launcher; the nodes' are parameters
         "KUBERNETES_AFFINITY": False,
         "KUBERNETES_NODE_SELECTOR": False,
         "KUBERNETES_TOLERATIONS": False,

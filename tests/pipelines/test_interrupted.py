@@ -82,7 +82,7 @@ class Run:
         assert list(self.temporary.iterdir()) == []
 
     def numbers(self, run_dir):
-        (summary,) = (self.folder / run_dir).glob("report-*/report/summary/summary.json")
+        (summary,) = (self.folder / run_dir).glob("report-*/report/report_files/summary.json")
         return [
             (row["name"], row["perplexity"], row["sparsity"], row["bytes"]) for row in json.loads(summary.read_text())["rows"]
         ]
@@ -149,7 +149,7 @@ def test_a_finished_run_is_taken_as_it_is(run, undisturbed):
 
 
 def test_what_was_deleted_is_made_anew(run, undisturbed):
-    (page,) = (run.folder / "undisturbed").glob("report-*/report/summary/report.html")
+    (page,) = (run.folder / "undisturbed").glob("report-*/report/report_files/report.html")
     page.unlink()
     assert started(run.finish("undisturbed")) == ["resolve", "report", "publish"]
     assert page.is_file()

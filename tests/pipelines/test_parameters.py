@@ -12,17 +12,19 @@ import pytest
 from docstring_parser import parse
 
 from components.core.settings import configure
-from components.distill.config import DistillConfig
+from components.distill.config import CheckpointSettings, DistillConfig
 from components.distill_distributed.component import sweep_jobs
 from components.distill_distributed.sweep import SweepConfig
+from components.quantize.config import FormatsSettings
 from pipelines.compress import compress
 from pipelines.compress_distributed import compress_distributed
 from pipelines.parameters import GROUPS, SHARED, help_of, parameters, pipeline_name
-from pipelines.pods import PodSettings
+from pipelines.sizes import PodSettings
 
 COMPONENTS = Path(__file__).parents[2] / "components"
 STAGES = sorted(folder.name for folder in COMPONENTS.iterdir() if (folder / "component.py").is_file())
 IN_PIPELINES = [stage for stage in STAGES if stage not in ("evaluate", "report")]
+RUN_PARAMETERS = {"parameters", "quantize_formats"}  # what the resolve component puts into one setting
 PIPELINES = {pipeline.name: pipeline for pipeline in (compress, compress_distributed)}
 
 
@@ -43,8 +45,9 @@ def not_in_pipelines(stage):
 
 
 def values_of(component):
-    """Parameter → annotation, for what a component takes besides artifacts."""
+    """Parameter → annotation, for what a component takes besides artifacts and the other stages' parameters."""
     taken = {name for name, spec in component.component_spec.inputs.items() if "system." not in str(spec.type)}
+    taken -= RUN_PARAMETERS if component is component_of("resolve") else set()
     signature = inspect.signature(component.python_func).parameters
     return {name: signature[name].annotation for name in taken if "TaskConfig" not in str(signature[name].annotation)}
 
@@ -61,23 +64,37 @@ def bound_in_the_body(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_a_component_takes_are_fields_of_its_settings_with_their_types(stage):
-    hints = get_type_hints(config_of(stage))
+    hints = get_type_hints(config_of(stage)) | get_type_hints(
+        CheckpointSettings
+    )  # from which the component makes checkpoint_dir
     taken = values_of(component_of(stage))
     assert taken == {name: hints.get(name) for name in taken}
 
 
 def test_the_sweep_takes_fields_of_its_settings():
     hints = get_type_hints(SweepConfig)
-    assert values_of(sweep_jobs) == {name: hints[name] for name in ("run_id", "handover")}
+    assert values_of(sweep_jobs) == {name: hints[name] for name in ("run_id", "handover", "checkpoints")}
 
 
 @pytest.mark.parametrize("stage", IN_PIPELINES)
 def test_every_setting_is_a_parameter_or_bound_or_left_out_for_a_reason(stage):
-    fields = {entry.name for entry in dataclasses.fields(config_of(stage))}
+    fields = {entry.name for entry in dataclasses.fields(config_of(stage))} | ({"checkpoints"} if stage == "distill" else set())
     taken, bound, left_out = set(values_of(component_of(stage))), bound_in_the_body(stage), not_in_pipelines(stage)
     assert fields == taken | bound | left_out.keys()
     assert not (taken | bound) & left_out.keys()
     assert all(left_out.values())
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_a_pipeline_leaves_out_is_what_no_component_takes(name):
+    distillation = "distill_distributed" if name == "compress-distributed" else "distill"
+    for group in GROUPS[name]:
+        if group.settings in (PodSettings, FormatsSettings):
+            continue
+        component = component_of(distillation if group.stage == "distill" else group.stage)
+        fields = {entry.name for entry in dataclasses.fields(group.settings)}
+        assert group.names().keys() == fields & values_of(component).keys()
+        assert set(group.left_out) >= fields - values_of(component).keys()
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -127,7 +127,8 @@ def three(kfp):
     """A KFP with three schedules, on two pages."""
     for number in (1, 2, 3):
         trigger = {"periodic_schedule": {"interval_second": "60"}}
-        kfp.add("recurring_runs", "recurring_run_id", {"display_name": f"s{number}", "trigger": trigger, "status": "ENABLED"})
+        schedule = {"display_name": f"s{number}", "trigger": trigger, "status": "ENABLED", "experiment_id": "e"}
+        kfp.add("recurring_runs", "recurring_run_id", schedule)
     return kfp
 
 
@@ -156,6 +157,50 @@ def test_a_schedule_is_paused_resumed_and_deleted_by_name_or_id(three, command):
     assert command(main, "delete", "--name", "recurring_runs-1")[0] == 0
     assert command(main, "delete", "--name", "s2")[0] == 0
     assert states(three) == {"s3": "ENABLED"}
+
+
+@pytest.fixture
+def runs(three):
+    """Runs of the schedules, on several pages, the last of each schedule going on."""
+    for number in range(6):
+        schedule = three.things["recurring_runs"][number % 2]["recurring_run_id"]
+        state = "RUNNING" if number > 3 else ("SUCCEEDED", "FAILED")[number // 2]
+        about = {"display_name": "r", "recurring_run_id": schedule, "experiment_id": "e", "state": state}
+        three.workflows[three.add("runs", "run_id", about)["run_id"]] = {}
+    three.add("runs", "run_id", {"display_name": "by hand", "experiment_id": "e", "state": "RUNNING"})
+    three.add("runs", "run_id", {"display_name": "elsewhere", "experiment_id": "other", "state": "RUNNING"})
+    return three
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "PENDING", "CANCELING", "PAUSED"])
+def test_a_schedule_with_a_run_going_on_is_not_deleted_unasked(runs, command, state):
+    runs.things["runs"][5]["state"] = state
+    code, out, err = command(main, "delete", "--name", "s2")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: force must be given to delete 's2' now: its run runs-6 is going on, and KFP would delete")
+    assert "submit.py --run_id runs-6 --terminate" in err
+    assert len(err.splitlines()) == 1
+    assert len(states(runs)) == 3
+    assert len(runs.workflows) == 6
+
+
+def test_a_schedule_is_deleted_by_force_and_what_goes_with_it_is_told(runs, command):
+    code, out, err = command(main, "delete", "--name", "s2", "--force")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "deleted  recurring_runs-2  s2",
+        "with it KFP deletes the workflows and pods of its runs; their records and artifacts stay",
+        "run runs-6 was going on: it ends now, without its exit handler",
+    ]
+    assert set(states(runs)) == {"s1", "s3"}
+    assert set(runs.workflows) == {"runs-1", "runs-3", "runs-5"}
+
+
+def test_a_schedule_whose_runs_have_ended_is_deleted_and_says_what_goes_with_it(runs, command):
+    runs.things["runs"][5]["state"] = "FAILED"
+    code, out, err = command(main, "delete", "--name", "s2")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1:] == ["with it KFP deletes the workflows and pods of its runs; their records and artifacts stay"]
 
 
 def test_a_name_must_mean_one_schedule(three, command):

@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from components.images import VERSION
-from pipelines import watch
 from pipelines.package import COMPILED
 from pipelines.submit import main
 from tests.pipelines.fake_kfp import PAGE, TOKEN, check, command, kfp  # noqa: F401 (fixtures)
@@ -100,6 +99,8 @@ def test_parameters_have_the_types_of_the_pipeline(kfp, command, tmp_path):
         (["--set", "prune_sparsity=1.3"], "prune_sparsity must be in [0, 1), got 1.3"),
         (["--set", "distill_nproc_per_node=2"], "distill_nproc_per_node must be 1 for backend none and launcher python, got 2"),
         (["--set", "quantize_formats=[int3]"], "quantize_formats must be one of int8, fp8, got 'int3'"),
+        (["--set", "publish_to=gs://bucket/a\nb"], "publish_to must be one of gs://bucket/prefix"),
+        (["--set", 'publish_to=gs://bucket/"x"'], "publish_to must have no quotation mark, backslash or line break, got "),
         (["--set", "distill_epochs"], "set must be name=value, got 'distill_epochs'"),
         (["--params", "{distill_epochs: true}"], "distill_epochs must be a whole number, got True"),
         (["--params", "{distill_cpu: 8}"], "distill_cpu must be a string, got 8"),
@@ -170,57 +171,6 @@ def test_without_cache_every_task_of_every_level_computes_anew(kfp, command):
     assert versions[0] == versions[1] != versions[2]
 
 
-def test_waiting_tells_each_state_once_and_outlasts_a_server_that_is_away(kfp, command, monkeypatch):
-    monkeypatch.setattr(watch, "POLL_SECONDS", 0.0)
-    kfp.run_answers = ["PENDING", "RUNNING", 503, 500, "RUNNING", "RUNNING", "SUCCEEDED"]
-    code, out, err = command(main, "--wait", "--timeout", "60")
-    assert (code, err) == (0, "")
-    states = [line.partition(" ")[2] for line in out.splitlines() if line[:2].isdecimal()]
-    assert states == ["PENDING", "RUNNING", "no answer, asking again", "RUNNING", "SUCCEEDED"]
-
-
-@pytest.mark.parametrize("state", ["FAILED", "CANCELED"])
-def test_a_run_that_does_not_succeed_ends_with_1_and_names_the_task(kfp, command, monkeypatch, state):
-    monkeypatch.setattr(watch, "POLL_SECONDS", 0.0)
-    kfp.run_answers = ["RUNNING", state]
-    kfp.task_details = [
-        {"display_name": "fetch", "state": "SUCCEEDED"},
-        {"display_name": "prune", "state": "FAILED", "error": {"code": 1, "message": "OOMKilled"}},
-        {"display_name": "root", "state": "FAILED"},
-    ]
-    code, _, err = command(main, "--wait")
-    assert code == 1
-    assert err.splitlines() == [f"error: the run is {state}", "error: prune failed: OOMKilled", "error: root failed"]
-
-
-def test_waiting_ends_at_the_timeout(kfp, command, monkeypatch):
-    monkeypatch.setattr(watch, "POLL_SECONDS", 0.01)
-    kfp.run_answers = ["RUNNING"]
-    code, _, err = command(main, "--wait", "--timeout", "0.05")
-    assert code == 2
-    assert err == "error: timeout must be longer than the run, got 0.05 seconds: it is RUNNING and goes on\n"
-
-
-def test_interrupted_waiting_leaves_the_run_alone(kfp, command, monkeypatch):
-    def interrupt(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(watch.time, "sleep", interrupt)
-    kfp.run_answers = ["RUNNING"]
-    assert command(main, "--wait")[::2] == (2, "error: waiting was interrupted, the run goes on\n")
-
-
-@pytest.mark.parametrize(("answer", "looks"), [(403, 1), (503, 4)])
-def test_waiting_ends_at_a_refusal_and_when_the_server_stays_away(kfp, command, monkeypatch, answer, looks):
-    monkeypatch.setattr(watch, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(watch, "RETRIES", 3)
-    kfp.run_answers = [answer]
-    code, _, err = command(main, "--wait")
-    assert code == 2
-    assert err.startswith(f"error: KFP answered {answer} (")
-    assert sum(request.startswith("GET runs/") for request in kfp.requests) == looks
-
-
 @pytest.mark.parametrize(
     ("status", "kind", "text", "message"),
     [
@@ -268,13 +218,15 @@ def test_a_login_of_two_lines_is_refused_unseen(kfp, command, monkeypatch, name)
     assert (code, err) == (2, f"error: {name} must be one line of plain characters\n")
 
 
-def test_as_a_program_it_says_no_more_than_one_line(tmp_path):
-    environment = os.environ | {"KF_PIPELINES_TOKEN": TOKEN, "HOME": str(tmp_path), "COMPRESS_DEBUG": ""}
+@pytest.mark.parametrize("host", ["http://127.0.0.1:1", ""], ids=["an address", "no address and no kubectl context"])
+def test_as_a_program_it_says_no_more_than_one_line(tmp_path, host):
+    places = {"HOME": str(tmp_path), "KUBECONFIG": str(tmp_path / "none"), "KF_PIPELINES_ENDPOINT": ""}
+    environment = os.environ | {"KF_PIPELINES_TOKEN": TOKEN if host else "", "COMPRESS_DEBUG": ""} | places
     program = Path(__file__).parents[2] / "pipelines" / "submit.py"
-    flags = ["--host", "http://127.0.0.1:1"]  # nothing listens there
+    flags = ["--host", host] if host else []  # nothing listens there, nor where kfp looks without an address
     done = subprocess.run([sys.executable, str(program), *flags], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: host must be a KFP API that can be reached, got http://127.0.0.1:1: ")
+    assert done.stderr.startswith(f"error: host must be a KFP API that can be reached, got {host or 'none'}: ")
     assert "Connection refused" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 

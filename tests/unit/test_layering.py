@@ -1,6 +1,7 @@
 """Dependencies go one way: pipelines → components/<stage> → components/core. Checked by reading the imports."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,12 +106,31 @@ def test_no_method_imports_the_images():
 
 
 def test_only_distill_distributed_imports_kubernetes():
-    others = [file for file in SOURCES if file.relative_to(COMPONENTS).parts[0] != "distill_distributed"]
+    """And what reads the secret of the pipeline's store, as KFP's own launcher has done in the same pod."""
+    session = COMPONENTS / "core" / "storage" / "session.py"
+    others = [file for file in SOURCES if file.relative_to(COMPONENTS).parts[0] != "distill_distributed" and file != session]
     assert violations(others, lambda _, name: belongs(name, "kubernetes")) == []
 
 
 def test_nothing_below_imports_pipelines_or_tests():
-    assert violations(SOURCES, lambda _, name: belongs(name, "pipelines") or belongs(name, "tests")) == []
+    """But for the first stage, which checks the run's parameters by the rules by which they are checked before a run."""
+
+    def above(file: Path, name: str) -> bool:
+        if file == COMPONENTS / "resolve" / "stage.py" and belongs(name, "pipelines.checks"):
+            return False
+        return belongs(name, "pipelines") or belongs(name, "tests")
+
+    assert violations(SOURCES, above) == []
+
+
+def test_a_run_is_checked_without_what_the_launcher_image_and_a_pod_lack():
+    """KFP's executor has most of kfp switched off, and the image has no torch."""
+    code = "import sys, components.resolve.stage; print(*sys.modules)"
+    environment = os.environ | {"_KFP_RUNTIME": "true"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in run.stdout.split()}
+    assert "pipelines" in loaded
+    assert not {"torch", "transformers", "datasets", "accelerate", "kfp", "kubernetes", "rich", "jinja2", "matplotlib"} & loaded
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,5 +1,6 @@
 """Values that are out of all proportion, paths that cannot be used, and secrets in what is said about them."""
 
+import json
 import os
 import runpy
 import sys
@@ -126,19 +127,25 @@ def test_a_claim_must_be_a_name():
         CompileConfig(handover_claim="a b")
 
 
+GOOD = dict.fromkeys(("teacher_model", "student_model", "mask_file", "train_data"), "/x")
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
         ({"inputs": "["}, "inputs must be JSON: EOF"),
-        ({"inputs": '{"x": "../y"}'}, "inputs must be JSON of its form, x: String should match pattern"),
+        ({"inputs": "{}"}, "inputs must have mask_file, student_model, teacher_model, train_data, got none for "),
+        ({"inputs": GOOD | {"x y": "/x"}}, "inputs must have names of parameters, got 'x y'"),
+        ({"inputs": GOOD | {"mask_file": "../y"}}, r"inputs\.mask_file must be one of gs://"),
         ({"flags": "null"}, "flags must be JSON of its form, it: Input should be a valid array, got None"),
         ({"flags": "[" * 100_000}, "flags must be JSON: recursion"),
-        ({"place": "x"}, "place must be one of gs://"),
+        ({"result": "x"}, "result must be one of gs://"),
     ],
 )
 def test_a_node_checks_its_settings(settings, line):
     with pytest.raises(ValueError, match=f"^{line}"):
-        NodeConfig(**{"place": "/x", "inputs": "{}", "flags": "[]"} | settings)
+        given = {"result": "/x", "inputs": GOOD, "flags": "[]"} | settings
+        NodeConfig(**given | {"inputs": json.dumps(given["inputs"]) if isinstance(given["inputs"], dict) else given["inputs"]})
 
 
 def test_a_pipe_or_a_device_as_parameters_is_refused_at_once(tmp_path):

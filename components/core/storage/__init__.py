@@ -1,29 +1,42 @@
-"""Folders of files in a bucket or a mounted folder. The stages use `place`; the other modules are its stores."""
+"""Folders of files and small objects in a bucket or a mounted folder. The stages use what is listed here."""
 
+from components.core.storage.folders import (
+    check_complete,
+    check_whole,
+    complete,
+    download,
+    download_artifact,
+    is_complete,
+    upload,
+)
 from components.core.storage.place import (
     check_place,
-    check_whole,
     check_writable,
-    complete,
     create_bytes,
-    download,
-    is_complete,
+    is_bucket,
     read_bytes,
     remove,
-    upload,
     write_bytes,
 )
+from components.core.storage.session import current_session, run_place, session_of, use_session
 
 __all__ = [
+    "check_complete",
     "check_place",
     "check_whole",
     "check_writable",
     "complete",
     "create_bytes",
+    "current_session",
     "download",
+    "download_artifact",
+    "is_bucket",
     "is_complete",
     "read_bytes",
     "remove",
+    "run_place",
+    "session_of",
     "upload",
+    "use_session",
     "write_bytes",
 ]

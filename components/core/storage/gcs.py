@@ -8,22 +8,39 @@ An upload that is killed midway may leave pieces that do not show up in listings
 """
 
 import contextlib
+import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import requests  # type: ignore[import-untyped]
 from google.api_core import exceptions as api
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import storage
 from google.cloud.storage import Blob, transfer_manager
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from google.cloud.storage.retry import DEFAULT_RETRY
+from google.oauth2 import service_account
 
+from components.core.errors import readable
+from components.core.retry import TRANSIENT, TransientError
 from components.core.storage.base import CHUNK, WORKERS, Held, split
+from components.core.storage.session import TOKEN, current_session
+
+SCOPES = ("https://www.googleapis.com/auth/devstorage.read_write",)
 
 
 def open_store(_: str, bucket: str, prefix: str) -> "GcsStore":
     """The store at `gs://bucket/prefix`."""
     return GcsStore(bucket, prefix)
+
+
+def _credentials() -> Any:
+    """The service account whose key KFP names for its store."""
+    with readable(f"{TOKEN} must be a service account's key"):
+        info = json.loads(os.environ.get(TOKEN, ""))  # not `parse_json`, which would show it in an error
+        return service_account.Credentials.from_service_account_info(info, scopes=SCOPES)
 
 
 class GcsStore:
@@ -32,8 +49,10 @@ class GcsStore:
     def __init__(self, bucket: str, prefix: str) -> None:
         self.place = f"gs://{bucket}/{prefix}"
         self.prefix = f"{prefix}/" if prefix else ""
+        session = current_session(f"gs://{bucket}/{prefix}")
         with self._one_line():
-            self.bucket = storage.Client(project=None).bucket(bucket)  # access to objects needs no project
+            options: dict[str, Any] = {"credentials": _credentials()} if session and session.secret else {}
+            self.bucket = storage.Client(project=None, **options).bucket(bucket)  # access to objects needs no project
 
     def list(self) -> dict[str, Held]:
         """See `Store`."""
@@ -129,5 +148,9 @@ class GcsStore:
             raise ValueError(f"{self.place} must lie in a bucket that exists") from error
         except GoogleAuthError as error:
             raise ValueError(f"{self.place} needs Google credentials: {error}") from error
+        except api.GoogleAPICallError as error:
+            raise (TransientError if error.code in TRANSIENT else OSError)(f"{self.place}: {error}") from error
+        except (requests.ConnectionError, requests.Timeout) as error:
+            raise TransientError(f"{self.place}: {error}") from error
         except (api.GoogleAPIError, InvalidResponse, DataCorruption) as error:
             raise OSError(f"{self.place}: {error}") from error

@@ -68,7 +68,12 @@ def parse(data: bytes, place: str) -> dict[str, Held]:
     files = parse_json(data, f"{place}/{COMPLETE}", Listing)["files"]
     sums = {name: Held(**file) for name, file in files.items()}
     for name in sums:
-        parts = PurePosixPath(name).parts
-        if not parts or name != "/".join(parts) or parts[0] == "/" or ".." in parts or "\0" in name:
-            raise ValueError(f"names in {place}/{COMPLETE} must stay below their folder, got {name!r}")
+        check_name(name, f"{place}/{COMPLETE}")
     return sums
+
+
+def check_name(name: str, where: str) -> None:
+    """Check that an object's name leads into the folder that it is downloaded to. Raises ValueError."""
+    parts = PurePosixPath(name).parts
+    if not parts or name != "/".join(parts) or parts[0] == "/" or ".." in parts or "\0" in name:
+        raise ValueError(f"names in {where} must stay below their folder, got {name!r}")

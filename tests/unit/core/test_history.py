@@ -2,12 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kfp.dsl import Metrics
 
 from components.core.checkpoint.files import weight_bytes
-from components.core.history import HISTORY_FILE, StageRecord, known_perplexity, read_history, stats_file, write_history
+from components.core.history import (
+    HISTORY_FILE,
+    StageRecord,
+    known_perplexity,
+    log_metrics,
+    read_history,
+    read_steps,
+    stats_file,
+    write_history,
+)
 
 
 @pytest.fixture
@@ -22,14 +33,14 @@ def test_a_history_begins_at_the_folder_itself(checkpoint):
 
 def test_history_grows_by_one_step_per_stage(checkpoint, tmp_path):
     history = {"format": 1, "source": {"model_id": "owner/name", "revision": "abc"}, "steps": []}
-    folders = []
+    folders, before = [], checkpoint
     for number, stage in enumerate(("fetch", "prune", "distill")):
         folder = Path(shutil.copytree(checkpoint, tmp_path / stage))
         record = StageRecord(stage, {"number": number}, measured={"perplexity": 2.0 + number}, versions={"torch": "2"})
         record.sparse_integrity_check = {"passed": True} if number else None
-        record.details["steps"] = [1, 2, 3]
-        write_history(folder, history, record)
-        history = read_history(folder)
+        record.details["steps"] = [1, 2, number]
+        write_history(folder, history, record, before)
+        history, before = read_history(folder), folder
         folders.append(folder)
     assert history["source"] == {"model_id": "owner/name", "revision": "abc"}
     assert [step["stage"] for step in history["steps"]] == ["fetch", "prune", "distill"]
@@ -43,8 +54,22 @@ def test_history_grows_by_one_step_per_stage(checkpoint, tmp_path):
     assert [len(read_history(folder)["steps"]) for folder in folders] == [1, 2, 3]
     stats = StageRecord.load(folders[2] / stats_file("distill"))
     assert stats.summary() == history["steps"][2]
-    assert stats.details == {"steps": [1, 2, 3]}
+    assert stats.details == {"steps": [1, 2, 2]}
     assert json.loads((folders[2] / "distill_stats.json").read_text())["sparse_integrity_check"] == {"passed": True}
+
+
+def test_the_whole_records_of_all_steps_travel_with_a_model(checkpoint, tmp_path):
+    history, before, made = read_history(checkpoint), checkpoint, []
+    for number, stage in enumerate(("fetch", "prune", "distill", "prune", "quantize")):
+        folder = Path(shutil.copytree(checkpoint, tmp_path / str(number)))
+        (folder / "training_stats.json").write_text("not ours")
+        made.append(StageRecord(stage, {"number": number}, details={"long": [number]}))
+        write_history(folder, history, made[-1], before)
+        history, before = read_history(folder), folder
+    made[1] = replace(made[1], details={})  # the second pruning's record has replaced it
+    assert read_steps(folder) == made
+    names = [stats_file(stage) for stage in ("distill", "fetch", "prune", "quantize", "training")]
+    assert sorted(file.name for file in folder.glob("*_stats.json")) == names
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"source": {}}', "{"])
@@ -59,7 +84,7 @@ def test_a_record_with_what_is_not_finite_is_refused(changed, value):
     before = {file.name for file in changed.iterdir()}
     record = StageRecord("prune", {}, measured={"perplexity": value})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_history(changed, read_history(changed), record)
+        write_history(changed, read_history(changed), record, changed)
     with pytest.raises(ValueError, match="not JSON compliant"):
         record.save(changed / "prune_stats.json")
     assert {file.name for file in changed.iterdir()} == before
@@ -78,3 +103,9 @@ def test_a_perplexity_is_known_only_for_its_own_text():
     assert known_perplexity(history, "that") is None
     assert known_perplexity({"steps": []}, "this") is None
     assert known_perplexity({"steps": [{"measured": {}}]}, "this") is None
+
+
+def test_metrics_are_the_numbers_of_a_record_with_the_prefix_in_front():
+    metrics = Metrics(uri="unused")
+    log_metrics(StageRecord("quantize", {}, {"perplexity": 2.5, "bytes": 7, "engine": "x"}), metrics, prefix="int8_")
+    assert metrics.metadata == {"int8_perplexity": 2.5, "int8_bytes": 7}

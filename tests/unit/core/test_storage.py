@@ -176,6 +176,7 @@ def test_a_creation_that_meets_another_one_under_way_is_tried_again(connect, tmp
     connect("s3")
     store = open_store(place_of("s3", tmp_path))
     monkeypatch.setattr("components.core.storage.s3.CREATE_PAUSE", 0)
+    store = store.store
     pipe_file, conflicts = store.files.pipe_file, 2
 
     def meet(*arguments, **options):

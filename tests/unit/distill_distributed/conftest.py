@@ -10,9 +10,10 @@ from kubernetes.config import kube_config
 from components.core import storage
 from components.core.history import StageRecord
 from components.core.mask.file import find_mask, fingerprint_of_file
-from components.distill_distributed import cluster, watch
+from components.distill_distributed import cluster, logs, watch
 from components.distill_distributed.cluster import Cluster
 from components.distill_distributed.config import DistillDistributedConfig
+from components.distill_distributed.lifecycle import WORKFLOW
 from components.distill_distributed.watch import Watcher
 from tests.conftest import save_pruned
 from tests.unit.distill_distributed.fake_api import NAMESPACE, kubeconfig, serving
@@ -29,6 +30,9 @@ class Clock:
 
     def monotonic(self):
         return self.now
+
+    def time(self):
+        return 1.75e9 + self.now
 
     def sleep(self, seconds):
         self.now += seconds
@@ -58,22 +62,22 @@ def api(monkeypatch, tmp_path):
 def clock(monkeypatch):
     """The launcher's clock, so that polling takes no real time."""
     clock = Clock()
-    monkeypatch.setattr(watch, "time", clock)
-    monkeypatch.setattr(cluster, "time", clock)
+    for module in (cluster, logs, watch):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
 @pytest.fixture
 def in_pod(monkeypatch, tmp_path, api):
-    """This process is in the pod launcher-1 of run 3f0c; there is also a launcher-2."""
+    """This process is in the pod launcher-1 of run 3f0c, whose Workflow is compress-1; there is also a launcher-2."""
     (tmp_path / "namespace").write_text(NAMESPACE)
     monkeypatch.setattr(cluster, "NAMESPACE_FILE", tmp_path / "namespace")
     monkeypatch.setenv("KFP_POD_NAME", "launcher-1")
+    api.add_workflow("compress-1")
+    owner = WORKFLOW | {"name": "compress-1", "uid": "uid-compress-1", "controller": True, "blockOwnerDeletion": True}
     for name in ("launcher-1", "launcher-2"):
-        api.objects["v1/pods", NAMESPACE, name] = {
-            "metadata": {"name": name, "uid": f"uid-{name}", "labels": {"pipeline/runid": "3f0c"}},
-            "spec": {"containers": [{"name": "main"}]},
-        }
+        metadata = {"name": name, "uid": f"uid-{name}", "labels": {"pipeline/runid": "3f0c"}, "ownerReferences": [owner]}
+        api.objects["v1/pods", NAMESPACE, name] = {"metadata": metadata, "spec": {"containers": [{"name": "main"}]}}
 
 
 @pytest.fixture
@@ -93,10 +97,10 @@ def settings(models, corpus, tmp_path):
 
 def place_of(api, kind="pytorchjob"):
     """The place for inputs and result, from the job's command."""
-    return re.search(r'"--place", "([^"]+)"', json.dumps(api.job(kind)))[1]
+    return re.search(r'"--result", "([^"]+)/result"', json.dumps(api.job(kind)))[1]
 
 
-def hand_over_result(api, settings, tmp_path, kind="pytorchjob", **changes):
+def hand_over_result(api, settings, tmp_path, kind="pytorchjob", place="", **changes):
     """Do what the first node does at its end: write a record and a model."""
     mask = fingerprint_of_file(find_mask(settings.mask_file))
     record = StageRecord(
@@ -110,7 +114,7 @@ def hand_over_result(api, settings, tmp_path, kind="pytorchjob", **changes):
     folder.mkdir()
     dataclasses.replace(record, **changes).save(folder / "distill_stats.json")
     (folder / "model.safetensors").write_bytes(b"weights")
-    storage.upload(folder, f"{place_of(api, kind)}/result")
+    storage.upload(folder, place or f"{place_of(api, kind)}/result")
 
 
 def success(api, settings, tmp_path, kind="pytorchjob", **changes):
@@ -129,11 +133,11 @@ def success(api, settings, tmp_path, kind="pytorchjob", **changes):
     api.state("Created", "Succeeded" if kind == "pytorchjob" else "Complete", kind=kind)
 
 
-def follow(api, story, deadline=3600, kind="pytorchjob"):
+def follow(api, story, deadline=3600, kind="pytorchjob", place="/nowhere", **metadata):
     """Watch a job with two nodes and this story."""
-    api.add_job(kind=kind)
+    api.add_job(kind=kind, **metadata)
     api.story = story
-    Watcher(Cluster.connect(), kind, "distill-1", 2, deadline).follow()
+    Watcher(Cluster.connect(), kind, "distill-1", 2, deadline, str(place)).follow()
 
 
 def ending(api):

@@ -19,6 +19,7 @@ from kmock import KubernetesEmulator, KubernetesError, KubernetesResourceNotFoun
 
 NAMESPACE = "team"
 RESOURCES = {"pytorchjob": "kubeflow.org/v1/pytorchjobs", "trainjob": "trainer.kubeflow.org/v1alpha1/trainjobs"}
+WORKFLOWS = "argoproj.io/v1alpha1/workflows"
 POD_LABELS = {"pytorchjob": "training.kubeflow.org/job-name", "trainjob": "jobset.sigs.k8s.io/jobset-name"}
 
 
@@ -54,7 +55,7 @@ class FakeApi(KubernetesEmulator):
         self.faults, self.story, self.lines, self.asked = [], iter(()), {}, []
         self.instead_of_logs = ""
         self.events = itertools.count()
-        for resource in (*RESOURCES.values(), "v1/pods", "v1/events"):
+        for resource in (*RESOURCES.values(), WORKFLOWS, "v1/pods", "v1/events"):
             self.resources[resource] = {}
         self["list"] << self._select
         self["get", subresource("log")] << self._log
@@ -126,6 +127,11 @@ class FakeApi(KubernetesEmulator):
         return {
             key: thing for key, thing in self.objects.items() if key[0] == self.resource(RESOURCES[kind]) and not thing.deleted
         }
+
+    def add_workflow(self, name, created="2026-01-01T00:00:00Z", metadata=None, **parts):
+        """Add the Workflow of a run, or replace it."""
+        metadata = {"name": name, "uid": f"uid-{name}", "creationTimestamp": created, **(metadata or {})}
+        self.objects[WORKFLOWS, NAMESPACE, name] = {"metadata": metadata, **parts}
 
     def add_job(self, name="distill-1", kind="pytorchjob", **metadata):
         """Add a job as if a launcher had created it."""

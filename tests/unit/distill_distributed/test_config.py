@@ -1,13 +1,20 @@
 """Settings of a job are checked before anything is handed over."""
 
+import dataclasses
+import inspect
 import json
 
 import pytest
+from kfp.dsl import Artifact, TaskConfig
 
 from components.distill.config import DistillConfig
+from components.distill_distributed import stage
+from components.distill_distributed.component import distill_distributed
 from components.distill_distributed.config import DistillDistributedConfig
 from components.distill_distributed.stage import distinct, job_name
 from components.distill_distributed.sweep import SweepConfig
+
+OUTSIDE = json.dumps({"teacher_model": "gs://bucket/a", "mask_file": "oci://registry/mask"})
 
 
 @pytest.fixture
@@ -28,7 +35,14 @@ def good(checkpoint, corpus, tmp_path):
     ("changes", "said"),
     [
         ({"handover": "bucket/handover"}, "handover must be one of gs://"),
-        ({"handover": ""}, "handover must"),
+        ({"handover": ""}, "handover must be given, or artifacts must have a place for eval_data, got '{}'"),
+        (
+            {"handover": "", "artifacts": OUTSIDE},
+            "handover must be given, .* cannot reach the artifact: mask_file must be one of gs",
+        ),
+        ({"artifacts": "[]"}, "artifacts must be JSON of its form"),
+        ({"checkpoints": "somewhere"}, "checkpoints must be one of gs://"),
+        ({"checkpoint_dir": "/checkpoints"}, "checkpoint_dir must be empty for a job"),
         ({"image": ""}, "image must"),
         ({"kind": "mpijob"}, "kind must be one of pytorchjob, trainjob, got 'mpijob'"),
         ({"backend": "deepspeed"}, "backend must be one of fsdp, got 'deepspeed'"),
@@ -45,6 +59,13 @@ def good(checkpoint, corpus, tmp_path):
         ({"pod": "{"}, "pod must be JSON"),
         ({"pod": "[]"}, "pod must be JSON of its form"),
         ({"pod": '{"hostNetwork": true}'}, "pod must have settings among affinity, env, .* got hostNetwork"),
+        ({"pod": '{"resources": {}}'}, "pod must have settings among .* got resources"),
+        ({"gpus": -1}, "gpus must be at least 0, got -1"),
+        ({"cpu": ""}, "cpu must be a number of CPUs such as 4, 0.5 or 500m, got ''"),
+        ({"cpu": "0m"}, "cpu must be a number of CPUs"),
+        ({"memory": "16m"}, "memory must be an amount of memory such as 16Gi, got '16m'"),
+        ({"memory": "16GB"}, "memory must be an amount of memory"),
+        ({"gpu_type": "gpu"}, "gpu_type must be the name of a resource such as nvidia.com/gpu, got 'gpu'"),
         ({"learning_rate": 0}, "learning_rate must be"),  # a rule of the distill stage
     ],
 )
@@ -57,7 +78,41 @@ def test_a_wrong_value_is_named(good, changes, said):
 def test_unset_pod_settings_are_left_out(good):
     """Outside a cluster, KFP passes None for each of them."""
     pod = {"env": None, "tolerations": [], "node_selector": {"pool": "a100"}}
-    assert DistillDistributedConfig(**good, pod=json.dumps(pod)).pod_settings() == {"node_selector": {"pool": "a100"}}
+    found = DistillDistributedConfig(**good, pod=json.dumps(pod)).pod_settings()
+    assert found.keys() == {"node_selector", "resources"}
+    assert found["node_selector"] == {"pool": "a100"}
+
+
+@pytest.mark.parametrize(("gpus", "asked"), [(8, {"amd.com/gpu": "8"}), (0, {})])
+def test_a_node_asks_for_what_it_may_use(good, gpus, asked):
+    """Requests that equal the limits; no GPU at all in the manifest of a job on CPUs."""
+    settings = DistillDistributedConfig(**good, gpus=gpus, cpu="500m", memory="1.5Gi", gpu_type="amd.com/gpu")
+    amounts = {"cpu": "500m", "memory": "1.5Gi"} | asked
+    assert settings.pod_settings() == {"resources": {"requests": amounts, "limits": amounts}}
+
+
+def test_the_nodes_get_the_sizes_given_as_parameters_not_those_of_the_launchers_task(good, tmp_path, monkeypatch):
+    class CalledError(Exception):
+        """With the stage's settings."""
+
+    def run(config):
+        raise CalledError(config)
+
+    monkeypatch.setattr(stage, "run", run)
+    known = {entry.name: entry.default for entry in dataclasses.fields(DistillDistributedConfig)}
+    taken = distill_distributed.component_spec.inputs
+    values = {name: value for name, value in known.items() if name in taken} | {"handover": good["handover"], "image": "x"}
+    artifacts = inspect.signature(distill_distributed.python_func).parameters.keys() - values.keys() - {"task_config"}
+    values |= {name: Artifact(uri=str(tmp_path / name)) for name in artifacts}
+    task = TaskConfig(resources={"limits": {"cpu": "2", "memory": "8Gi"}}, node_selector={"pool": "a100"})
+    with pytest.raises(CalledError) as called:
+        distill_distributed.python_func(**values | {"gpus": 0, "cpu": "12", "memory": "48Gi"}, task_config=task)
+    (config,) = called.value.args
+    amounts = {"cpu": "12", "memory": "48Gi"}
+    assert config.pod_settings() == {
+        "resources": {"requests": amounts, "limits": amounts},
+        "node_selector": {"pool": "a100"},
+    }
 
 
 def test_a_mask_is_handed_over_with_its_folder(good, tmp_path):

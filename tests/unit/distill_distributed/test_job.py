@@ -11,12 +11,14 @@ import yaml
 from components.distill_distributed.job import RENDERERS, JobSpec, as_yaml
 
 GOLDEN = Path(__file__).with_name("golden")
+AMOUNTS = {"nvidia.com/gpu": "8", "cpu": "8", "memory": "32Gi"}
+ON_CPU = {"resources": {kind: {"cpu": "1", "memory": "2Gi"} for kind in ("requests", "limits")}}
 SPEC = JobSpec(
     name="distill-0123456789ab",
     namespace="team",
     run="3f0c",
     image="sparse-distill/gpu:0.1.0",
-    command=["python", "-m", "components.distill_distributed.node", "--place", "gs://bucket/3f0c/distill-0123456789ab"],
+    command=["python", "-m", "components.distill_distributed.node", "--result", "gs://bucket/3f0c/distill-0123456789ab"],
     nodes=2,
     nproc_per_node=8,
     elastic=None,
@@ -26,19 +28,23 @@ SPEC = JobSpec(
     runtime="torch-distributed",
     service_account="trainer",
     pod={
-        "resources": {"limits": {"nvidia.com/gpu": "8", "cpu": "8", "memory": "32Gi"}},
+        "resources": {"requests": AMOUNTS, "limits": AMOUNTS},
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
         "node_selector": {"pool": "a100"},
         "env": [{"name": "NCCL_DEBUG", "value": "WARN"}],
         "volumes": [{"name": "fast", "persistentVolumeClaim": {"claimName": "fast"}}],
         "volume_mounts": [{"name": "fast", "mountPath": "/fast"}],
     },
+    session=None,
     owner={"apiVersion": "v1", "kind": "Pod", "name": "launcher", "uid": "0d7a"},
 )
 CASES = {
     "pytorchjob": ("pytorchjob", SPEC),
     "pytorchjob-elastic": ("pytorchjob", dataclasses.replace(SPEC, nodes=3, elastic=(2, 4))),
-    "pytorchjob-one-node": ("pytorchjob", dataclasses.replace(SPEC, nodes=1, pod={}, queue="", service_account="", owner=None)),
+    "pytorchjob-one-node": (
+        "pytorchjob",
+        dataclasses.replace(SPEC, nodes=1, pod=ON_CPU, queue="", service_account="", owner=None),
+    ),
     "trainjob": ("trainjob", SPEC),
 }
 
@@ -106,7 +112,8 @@ def closed(schema: dict) -> dict:
 def test_gpus_and_placement_reach_the_nodes(case):
     manifest = render(case)
     text = as_yaml(manifest)
-    assert text.count("nvidia.com/gpu: '8'") == (2 if case == "pytorchjob" else 1)  # master and worker, or the trainer
+    # requests and limits of master and worker, or of the trainer
+    assert text.count("nvidia.com/gpu: '8'") == (4 if case == "pytorchjob" else 2)
     pod = pod_of(manifest)["spec"]
     assert pod["tolerations"] == SPEC.pod["tolerations"]
     assert pod["nodeSelector"] == {"pool": "a100"}

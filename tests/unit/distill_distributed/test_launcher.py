@@ -9,17 +9,19 @@ import signal
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import yaml
 
 from components.core import storage
-from components.distill_distributed import stage, sweep
+from components.distill_distributed import cluster, stage, sweep
 from components.distill_distributed.cluster import Cluster
 from components.distill_distributed.job import MANAGED_BY, RUN_LABEL
+from components.distill_distributed.lifecycle import WORKFLOW
 from components.distill_distributed.sweep import SweepConfig
-from components.distill_distributed.watch import JobError
+from components.distill_distributed.watch import RUNNING_SINCE, JobError
 from tests.unit.distill_distributed.conftest import (
     JOBS,
     MASTER,
@@ -28,7 +30,7 @@ from tests.unit.distill_distributed.conftest import (
     place_of,
     success,
 )
-from tests.unit.distill_distributed.fake_api import RESOURCES
+from tests.unit.distill_distributed.fake_api import NAMESPACE, RESOURCES, WORKFLOWS
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -41,7 +43,9 @@ def test_inputs_go_out_the_job_runs_and_the_result_comes_back(api, settings, tmp
     assert record.measured == {"loss": 1.5}
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"weights"
     manifest = yaml.safe_load((tmp_path / "out.job.yaml").read_text())
-    assert {name: api.job(kind)[name] for name in manifest} == manifest
+    submitted = api.job(kind)
+    assert set(submitted["metadata"].pop("annotations")) == {RUNNING_SINCE}
+    assert {name: submitted[name] for name in manifest} == manifest
     assert not Path(place_of(api, kind)).exists()  # it is no longer needed
     printed = capsys.readouterr().out
     assert "running on 2 nodes" in printed
@@ -68,18 +72,40 @@ def test_the_next_try_adopts_the_job_of_a_lost_launcher(api, settings, tmp_path,
     api.story = success(api, settings, tmp_path)
     stage.run(settings)
     assert "of an earlier try is there: adopting it" in capsys.readouterr().out
-    assert not asked(api, "(DELETE|PATCH)", "pytorchjobs")
+    assert not asked(api, "DELETE", "pytorchjobs")
     assert (tmp_path / "out").is_dir()
 
 
-def test_the_pod_of_the_next_try_becomes_the_owner(api, settings, tmp_path, monkeypatch, in_pod):
+def owners_of_two_tries(api, settings, tmp_path, monkeypatch):
+    """The job's owners while the first launcher had it, after the second had it, and how often the job was changed."""
     lose_launcher(api, settings)
-    owner = {"apiVersion": "v1", "kind": "Pod", "name": "launcher-1", "uid": "uid-launcher-1"}
-    assert api.job()["metadata"]["ownerReferences"] == [owner]
+    first = api.job()["metadata"]["ownerReferences"]
     monkeypatch.setenv("KFP_POD_NAME", "launcher-2")
     api.story = success(api, settings, tmp_path)
     stage.run(settings)
-    assert api.job()["metadata"]["ownerReferences"] == [owner | {"name": "launcher-2", "uid": "uid-launcher-2"}]
+    return first, api.job()["metadata"]["ownerReferences"], len(asked(api, "PATCH", JOBS))
+
+
+def test_a_job_belongs_to_the_run_and_not_to_the_pod_of_its_launcher(api, settings, tmp_path, monkeypatch, in_pod):
+    owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "compress-1", "uid": "uid-compress-1"}
+    found = owners_of_two_tries(api, settings, tmp_path, monkeypatch)
+    assert found == ([owner], [owner], 1)  # the change is when it began to run
+
+
+def test_a_job_of_a_run_that_was_made_anew_belongs_to_its_new_workflow(api, settings, tmp_path, monkeypatch, in_pod):
+    of_launcher_2 = api.objects["v1/pods", NAMESPACE, "launcher-2"]
+    of_launcher_2.patch({"metadata": {"ownerReferences": [WORKFLOW | {"name": "compress-1", "uid": "new"}]}})
+    first, second, _ = owners_of_two_tries(api, settings, tmp_path, monkeypatch)
+    assert [first[0]["uid"], second[0]["uid"]] == ["uid-compress-1", "new"]
+
+
+def test_outside_a_pipeline_a_job_belongs_to_the_pod_that_watches_it(api, settings, tmp_path, monkeypatch, in_pod):
+    replicas = {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "notebook", "uid": "0"}
+    for pod in ("launcher-1", "launcher-2"):
+        api.objects["v1/pods", NAMESPACE, pod].patch({"metadata": {"ownerReferences": [replicas]}})
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "launcher-1", "uid": "uid-launcher-1"}
+    found = owners_of_two_tries(api, settings, tmp_path, monkeypatch)
+    assert found == ([owner], [owner | {"name": "launcher-2", "uid": "uid-launcher-2"}], 2)
 
 
 def test_a_job_that_succeeded_while_no_launcher_watched_is_collected(api, settings, tmp_path):
@@ -190,6 +216,80 @@ def test_sigterm_deletes_the_job(api, settings, tmp_path):
     assert not api.jobs()
 
 
+def stop_launcher(api, settings):
+    """Run a launcher that gets SIGTERM while its job runs."""
+
+    def go():
+        yield
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield
+
+    api.story = go()
+    with pytest.raises(SystemExit) as end:
+        stage.run(settings)
+    assert end.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    "workflow",
+    [
+        {"spec": {"activeDeadlineSeconds": 0}},
+        {"spec": {"activeDeadlineSeconds": 60}},
+        {"spec": {"shutdown": "Terminate"}},
+        {"spec": {"shutdown": "Stop"}, "status": {"phase": "Running"}},
+        {"metadata": {"deletionTimestamp": "2026-01-02T00:00:00Z", "finalizers": ["artifact-gc"]}},
+        {"metadata": {"uid": "another"}},
+        None,
+    ],
+    ids=["KFP", "too-long", "argo-terminate", "argo-stop", "being-deleted", "made-anew", "gone"],
+)
+def test_when_the_run_ends_so_does_its_job(api, settings, in_pod, workflow, capsys):
+    if workflow is None:
+        del api.objects[WORKFLOWS, NAMESPACE, "compress-1"]
+    else:
+        api.add_workflow("compress-1", **workflow)
+    stop_launcher(api, settings)
+    assert "asked to end" in capsys.readouterr().out
+    assert not api.jobs()
+
+
+@pytest.mark.parametrize(
+    "workflow",
+    [
+        {},
+        {"spec": {"activeDeadlineSeconds": None, "shutdown": ""}, "status": {"phase": "Running"}},
+        {"spec": {"activeDeadlineSeconds": 10**10}},
+        {"spec": {"activeDeadlineSeconds": 10**6}, "status": {"startedAt": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}},
+    ],
+    ids=["empty", "no-limit", "later", "started-later"],
+)
+def test_when_only_the_launcher_ends_its_job_runs_on(api, settings, tmp_path, in_pod, workflow, capsys):
+    api.add_workflow("compress-1", created="2020-01-01T00:00:00Z", **workflow)
+    stop_launcher(api, settings)
+    (name,) = [thing["metadata"]["name"] for thing in api.jobs().values()]
+    assert f"job {name} runs on: the next try of this run adopts it" in capsys.readouterr().out
+    api.story = success(api, settings, tmp_path)
+    stage.run(settings)
+    assert "adopting it" in capsys.readouterr().out
+    assert len(asked(api, "POST", JOBS.rstrip("/"))) == 2  # the second was refused, since the job was there
+
+
+@pytest.mark.parametrize("fault", [403, 500, "reset", 3.0])
+def test_a_job_runs_on_if_it_cannot_be_known_whether_the_run_ends(api, settings, in_pod, monkeypatch, capsys, fault):
+    monkeypatch.setattr(cluster, "HASTY_TIMEOUT", (1, 0.3))
+    api.fail("GET", "workflows", fault, times=100)
+    stop_launcher(api, settings)
+    assert len(api.jobs()) == 1
+    assert "its Workflow compress-1 cannot be read: Kubernetes " in capsys.readouterr().out
+    assert len(asked(api, "GET", "workflows")) <= 1 + cluster.HASTY_TRIES
+
+
+def test_outside_a_pipeline_the_job_ends_with_its_launcher(api, settings, in_pod):
+    api.objects["v1/pods", NAMESPACE, "launcher-1"].patch({"metadata": {"ownerReferences": []}})
+    stop_launcher(api, settings)
+    assert not api.jobs()
+
+
 def test_a_failed_job_is_left_for_people(api, settings):
     def go():
         api.state("Failed")
@@ -252,3 +352,13 @@ def test_a_pipelines_next_try_does_not_run_a_failed_job_again(api, settings, in_
     with pytest.raises(JobError, match=r"job distill-\w+ failed"):
         stage.run(settings)
     assert asked(api, "DELETE", "pytorchjobs") == []
+
+
+def test_a_pod_outside_a_pipeline_replaces_a_failed_job(api, settings, in_pod):
+    api.objects["v1/pods", NAMESPACE, "launcher-1"].patch({"metadata": {"ownerReferences": []}})
+    lose_launcher(api, settings)
+    api.state("Failed")
+    api.asked = []
+    with pytest.raises(JobError, match="had no pods"):  # the new job, which no operator attends to
+        stage.run(settings)
+    assert [request.split()[0] for request in asked(api, "(POST|DELETE)", "pytorchjobs")][:3] == ["POST", "DELETE", "POST"]

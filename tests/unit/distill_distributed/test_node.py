@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,13 +15,12 @@ from components.core import storage
 from components.core.history import read_history
 from components.core.mask.file import find_mask, fingerprint_of_file
 from components.core.reading import read_json
-from components.core.storage.listing import COMPLETE
 from components.distill_distributed import node, watch
 from tests.conftest import save_pruned
 
 FLAGS = ["--backend=fsdp", "--launcher=torchrun", "--seq_len=32", "--max_steps=2", "--batch_size=1", "--grad_accum_steps=1"]
 FLAGS += ["--global_batch=4", "--skip_ppl_eval=True"]
-INPUTS = {name: name for name in ("teacher_model", "student_model", "mask_file", "train_data")}
+INPUTS = ("teacher_model", "student_model", "mask_file", "train_data")
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,10 @@ def models(tmp_path_factory, corpus):
 
 @pytest.fixture
 def place(models, corpus, tmp_path):
-    """A job's place with all inputs handed over."""
-    folders = {"teacher_model": "dense", "student_model": "pruned", "mask_file": "pruned"}
+    """A folder with all inputs as KFP stores artifacts: the files alone."""
+    folders = {"teacher_model": models / "dense", "student_model": models / "pruned", "mask_file": models / "pruned"}
     for name in INPUTS:
-        storage.upload(models / folders[name] if name in folders else corpus, f"{tmp_path}/place/inputs/{name}")
+        shutil.copytree(folders.get(name, corpus), tmp_path / "place" / "inputs" / name)
     return f"{tmp_path}/place"
 
 
@@ -55,8 +55,8 @@ def start(place: str, scratch: Path, rank: int = 0, nodes: int = 1, port: int = 
         "PET_MASTER_PORT": str(port or free_port()),
         "TMPDIR": str(scratch),
     }
-    command = [sys.executable, "-m", "components.distill_distributed.node", "--place", place]
-    command += ["--inputs", json.dumps(INPUTS), "--flags", json.dumps(flags)]
+    command = [sys.executable, "-m", "components.distill_distributed.node", "--result", f"{place}/result"]
+    command += ["--inputs", json.dumps({name: f"{place}/inputs/{name}" for name in INPUTS}), "--flags", json.dumps(flags)]
     return subprocess.Popen(command, env=os.environ | told, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -91,29 +91,12 @@ def test_a_failure_of_the_training_is_that_of_the_node(place, tmp_path):
     assert not storage.is_complete(f"{place}/result")
 
 
-def test_an_input_that_is_not_whole_stops_a_node(place, tmp_path):
-    Path(place, "inputs", "student_model", COMPLETE).unlink()
+def test_an_input_that_is_not_there_stops_a_node(place, tmp_path):
+    shutil.rmtree(Path(place, "inputs", "student_model"))
     node = start(place, tmp_path / "scratch")
     log = node.communicate(timeout=120)[0]
     assert node.returncode == 2, log
-    assert "is not complete" in log
-
-
-def test_a_result_that_cannot_be_written_at_once_is_written_later(monkeypatch, capsys):
-    answers = [OSError("the bucket is away"), OSError("still"), None]
-
-    def upload(folder, place):
-        if (answer := answers.pop(0)) is not None:
-            raise answer
-
-    monkeypatch.setattr(storage, "upload", upload)
-    monkeypatch.setattr(node, "UPLOAD_PAUSE", 0)
-    node.hand_over(Path("result"), "gs://bucket/result")
-    assert not answers
-    assert capsys.readouterr().out.count("tries left") == 2
-    answers += [OSError("away")] * node.UPLOAD_TRIES
-    with pytest.raises(OSError, match="away"):
-        node.hand_over(Path("result"), "gs://bucket/result")
+    assert f"error: place must hold an artifact, there is nothing at {place}/inputs/student_model" in log
 
 
 @pytest.mark.parametrize(
@@ -133,7 +116,8 @@ def test_a_node_that_failed_stays_until_its_log_can_have_been_read(monkeypatch, 
     monkeypatch.setattr(node, "run", fail)
     monkeypatch.setattr(node.time, "sleep", stays.append)
     monkeypatch.setattr(node, "stop_at_sigterm", lambda: None)
-    monkeypatch.setattr("sys.argv", ["node", "--place", "/place", "--inputs", "{}", "--flags", "[]"])
+    inputs = json.dumps(dict.fromkeys(INPUTS, "/place"))
+    monkeypatch.setattr("sys.argv", ["node", "--result", "/result", "--inputs", inputs, "--flags", "[]"])
     with pytest.raises(SystemExit) as ended:
         node.main()
     assert ended.value.code == code

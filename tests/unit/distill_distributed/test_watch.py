@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from components.distill_distributed import cluster, watch
+from components.distill_distributed import cluster, logs, watch
 from components.distill_distributed.cluster import Cluster
-from components.distill_distributed.watch import JobError
+from components.distill_distributed.watch import RUNNING_SINCE, GivenUpError, JobError
 from tests.unit.distill_distributed.conftest import JOBS, MASTER, WORKER, asked, ending, follow, shown
 from tests.unit.distill_distributed.fake_api import NAMESPACE, RESOURCES, ended
 
@@ -142,8 +142,8 @@ def test_each_restart_is_reported_with_exit_code_and_last_lines(api, capsys):
     follow(api, go())
     printed = capsys.readouterr().out
     assert re.findall(f"{WORKER} ended .*", printed) == [
-        f"{WORKER} ended with exit code 137 (OOMKilled); its last lines:",
-        f"{WORKER} ended with exit code 1 (Error); its last lines:",
+        f"{WORKER} ended with exit code 137 (OOMKilled)",
+        f"{WORKER} ended with exit code 1 (Error)",
     ]
     assert printed.count("job distill-1: restarting (a worker has failed)") == 1
     told = re.findall(rf"{WORKER}\| (.*)", printed)
@@ -244,6 +244,80 @@ def test_a_failure_is_told_with_all_that_is_known_of_it(api, capsys):
     assert "Unrelated" not in printed
 
 
+def test_why_a_node_failed_is_known_although_its_pod_is_taken_away_at_once(api, capsys, tmp_path):
+    """As the operator does: nobody sees the container's end, and no log can be read after it."""
+
+    def go():
+        api.run(MASTER, WORKER)
+        api.say(MASTER, "step 1")
+        api.say(WORKER, "ModuleNotFoundError: No module named 'torch'", "token=hf_abcdefghijklmnop")
+        yield
+        for pod in (MASTER, WORKER):
+            del api.objects["v1/pods", NAMESPACE, pod]
+        api.lines.clear()
+        api.state("Failed", reason="PyTorchJobFailed", message="it has reached the specified backoff limit")
+        yield
+
+    with pytest.raises(JobError, match="backoff limit; no container left an exit code"):
+        follow(api, go(), place=tmp_path / "logs")
+    printed = capsys.readouterr().out
+    assert printed.count(f"{WORKER}| ModuleNotFoundError: No module named 'torch'") == 1
+    assert printed.count(f"{MASTER}| step 1") == 1  # it was shown before
+    assert f"the last lines of {MASTER}, {WORKER} are in {tmp_path / 'logs'}" in printed
+    saved = (tmp_path / "logs" / f"{WORKER}.log").read_text().splitlines()
+    assert [line.partition(" ")[2] for line in saved] == ["ModuleNotFoundError: No module named 'torch'", "token=***"]
+
+
+def test_of_a_node_the_lines_before_its_restart_are_kept_and_memory_is_bounded(api, tmp_path):
+    def go():
+        api.run(MASTER, WORKER)
+        api.say(WORKER, "the first run", "x" * 10_000)
+        yield
+        api.say(WORKER, "seen by no poll", previous=True)
+        api.pod(WORKER, restarts=1, last=ended(1, "Error"))
+        api.lines[WORKER, False] = []
+        api.say(WORKER, *(f"the second run {number}" for number in range(logs.KEPT_LINES - 2)))
+        yield
+        api.state("Failed")
+        yield
+
+    with pytest.raises(JobError):
+        follow(api, go(), place=tmp_path)
+    saved = [line.partition(" ")[2] for line in (tmp_path / f"{WORKER}.log").read_text().splitlines()]
+    assert len(saved) == logs.KEPT_LINES
+    assert len(saved[0]) < logs.KEPT_CHARACTERS
+    assert saved[1:3] == ["seen by no poll", "the second run 0"]
+
+
+def test_a_place_that_cannot_be_written_does_not_hide_why_the_job_failed(api, capsys, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+
+    def go():
+        api.run(MASTER, WORKER)
+        api.say(MASTER, "RuntimeError")
+        yield
+        api.state("Failed", reason="PyTorchJobFailed")
+        yield
+
+    with pytest.raises(JobError, match="PyTorchJobFailed"):
+        follow(api, go(), place=tmp_path / "file" / "logs")
+    assert "the last lines of the nodes could not be saved: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", [500, "reset"])
+def test_a_machine_whose_logs_cannot_be_read_is_no_reason_to_end(api, capsys, fault):
+    def go():
+        api.run(MASTER, WORKER)
+        for number in range(3):
+            api.say(MASTER, f"step {number}")
+            yield
+        yield from ending(api)
+
+    api.fail("GET", f"{WORKER}/log", fault, times=100)
+    follow(api, go())
+    assert shown(capsys) == [f"step {number}" for number in range(3)]
+
+
 def test_the_operators_deadline_is_an_error(api):
     def go():
         api.run(MASTER, WORKER)
@@ -260,15 +334,56 @@ def test_a_deadline_that_no_operator_holds_is_held_by_the_launcher(api, clock):
         api.run(MASTER, WORKER)
         api.state("Running")
         yield
-        clock.now += 3600 + watch.GRACE_SECONDS - 60
+        clock.now += 3600 - 60
         yield
         yield
-        clock.now += 60
+        clock.now += 60 - 3 * watch.POLL_SECONDS
         yield
+        raise AssertionError("the launcher has not held the deadline")
 
-    with pytest.raises(JobError, match="still runs after its deadline of 3600 s"):
+    with pytest.raises(GivenUpError, match="job distill-1 still runs at its deadline of 3600 s"):
         follow(api, go())
-    assert len(asked(api, "GET", JOBS)) == 4
+
+
+def test_the_next_launcher_counts_on_from_where_the_job_began_to_run(api, clock, capsys):
+    def go():
+        api.run(MASTER, WORKER)
+        api.state("Running")
+        yield
+        clock.now += 3000
+        yield
+        yield from ending(api)
+
+    follow(api, go())
+    since = api.job()["metadata"]["annotations"]
+    assert set(since) == {RUNNING_SINCE}
+
+    def go_on():
+        api.pod(WORKER, "Pending")  # restarting is no reason to count anew
+        api.state("Restarting")
+        clock.now += 600
+        yield
+        raise AssertionError("the launcher has not held the deadline")
+
+    with pytest.raises(GivenUpError, match="at its deadline of 3600 s"):
+        follow(api, go_on(), annotations=since)
+    assert f"running since {since[RUNNING_SINCE]}" in capsys.readouterr().out
+
+
+def test_time_in_a_queue_is_not_counted_by_the_next_launcher_either(api, clock):
+    def go():
+        api.run(MASTER, WORKER)
+        api.state("Suspended", message="preempted")
+        yield
+        clock.now += 100_000
+        api.state("Running")
+        yield
+        clock.now += 3000
+        yield
+        yield from ending(api)
+
+    follow(api, go(), annotations={RUNNING_SINCE: "2020-01-01T00:00:00+00:00"})
+    assert api.job()["metadata"]["annotations"][RUNNING_SINCE] > "2025"
 
 
 def test_a_job_that_no_operator_touches_is_given_up(api, clock, monkeypatch):

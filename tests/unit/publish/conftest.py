@@ -44,7 +44,7 @@ def save_model(folder: Path, weights: bytes = b"int8", **changes) -> str:
 def summary_dir(tmp_path_factory) -> str:
     """A report; tests must not change it."""
     folder = tmp_path_factory.mktemp("publish")
-    report(ReportConfig(records=[save_model(folder / "model")], output_dir=str(folder / "summary")))
+    report(ReportConfig(models=[save_model(folder / "model")], output_dir=str(folder / "summary")))
     return str(folder / "summary")
 
 

@@ -5,36 +5,34 @@ from pathlib import Path
 import pytest
 from kfp.dsl import Artifact, Metrics, Model
 
-from components.core.history import StageRecord
 from components.publish.component import publish
 from tests.unit.publish.conftest import DENSE, FP8
 
 
 def called(settings, tmp_path, **changes):
-    stats, metrics = Artifact(uri=str(tmp_path / "stats")), Metrics(uri=str(tmp_path / "metrics"))
+    metrics = Metrics(uri=str(tmp_path / "metrics"))
     parameters = {"version": "v1", "max_ppl_ratio": 0.0, "min_sparsity": 0.0, "registry": "", "registry_model": ""}
     place = publish.python_func(
         models=[Model(uri=folder) for folder in settings["models"]],
-        summary=Artifact(uri=settings["summary_dir"]),
-        stats=stats,
+        report_files=Artifact(uri=settings["summary_dir"]),
         metrics=metrics,
         publish_to=settings["publish_to"],
         **parameters | changes,
     )
-    return place, StageRecord.load(Path(stats.uri)), metrics.metadata
+    return place, metrics.metadata
 
 
 def test_it_publishes_logs_numbers_and_returns_the_place(settings, tmp_path):
-    place, record, metrics = called(settings, tmp_path, max_ppl_ratio=3.0, min_sparsity=0.5)
+    place, metrics = called(settings, tmp_path, max_ppl_ratio=3.0, min_sparsity=0.5)
     assert place == str(tmp_path / "models" / "v1")
     assert Path(place, "int8", "model.safetensors").is_file()
-    assert (record.parameters["max_ppl_ratio"], record.parameters["min_sparsity"]) == (3.0, 0.5)
     assert metrics["ppl_ratio_fp8"] == FP8 / DENSE
 
 
-def test_a_failed_gate_fails_the_run(settings, tmp_path):
+@pytest.mark.parametrize("limit", [{"max_ppl_ratio": 1.0}, {"min_sparsity": 0.9}])
+def test_a_failed_gate_fails_the_run(settings, tmp_path, limit):
     with pytest.raises(ValueError, match="the gate failed"):
-        called(settings, tmp_path, max_ppl_ratio=1.0)
+        called(settings, tmp_path, **limit)
     assert not (tmp_path / "models").exists()
 
 

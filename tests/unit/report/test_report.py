@@ -12,117 +12,22 @@ import pytest
 
 from components.core.history import REPORT_PAGE, REPORT_SUMMARY, StageRecord
 from components.report import text
-from components.report.config import ReportConfig, record_files
+from components.report.config import ReportConfig
 from components.report.plots import POINTS, draw
 from components.report.stage import run
-from components.report.summary import order, summarize
+from components.report.summary import summarize
+from tests.unit.report.conftest import PASSED, SOURCE, Records, full, loaded, write
 
-TEXT = "f" * 64
-PASSED = {"passed": True, "sparsity": 0.7, "violations": 0, "max_abs": 0.0, "eps": 0.0, "tensors": {}}
-KINDS = ("self_attn.q_proj", "mlp.down_proj")
 VOID = {"meta", "br", "hr", "img", "input", "link"}
-Records = dict[str, dict[str, Any]]
-
-
-def full() -> Records:
-    """Records of a whole run by folder; the perplexities are the only numbers with two decimals."""
-    layers = [
-        {
-            "name": f"model.layers.{block}.{kind}.weight",
-            "block": block,
-            "linear": kind,
-            "sparsity": 0.7,
-            "relative_error": error,
-        }
-        for block in range(3)
-        for kind, error in zip(KINDS, (0.01 + block, 0.02 + block), strict=True)
-    ]
-    steps = [{"step": step, "loss": 3 / step, "kd_loss": 2 / step, "ce_loss": 4 / step} for step in range(1, 6)]
-    return {
-        "dense": {
-            "stage": "fetch",
-            "parameters": {"model_id": "some/model", "revision": "abc123"},
-            "measured": {
-                "bytes": 4_000_000,
-                "seconds": 12.0,
-                "peak_memory_bytes": 900_000_000,
-                "parameters": 1_000_000,
-            },
-            "versions": {"torch": "1.0"},
-        },
-        "sparse": {
-            "stage": "prune",
-            "parameters": {"dense_model": "/somewhere/dense", "sparsity": 0.7},
-            "measured": {
-                "perplexity_before": 20.25,
-                "perplexity": 90.75,
-                "perplexity_text": TEXT,
-                "sparsity": 0.7,
-                "bytes": 4_000_000,
-                "seconds": 61.0,
-                "peak_memory_bytes": 2_000_000_000,
-            },
-            "sparse_integrity_check": PASSED,
-            "versions": {"torch": "1.0"},
-            "details": {"layers": layers},
-        },
-        "student": {
-            "stage": "distill",
-            "parameters": {"epochs": 2},
-            "measured": {
-                "perplexity_before": 90.75,
-                "perplexity": 40.5,
-                "perplexity_text": TEXT,
-                "sparsity": 0.7,
-                "bytes": 4_000_000,
-                "seconds": 3700.0,
-            },
-            "sparse_integrity_check": PASSED,
-            "versions": {"torch": "2.0"},
-            "details": {"steps": steps, "epochs": [{"epoch": 1, "eval_ppl": 50.5}, {"epoch": 2, "eval_ppl": 40.5}]},
-        },
-        "int8": {
-            "stage": "quantize",
-            "parameters": {"format": "int8"},
-            "measured": {"perplexity": 41.25, "perplexity_text": TEXT, "sparsity": 0.71, "bytes": 1_000_000},
-            "sparse_integrity_check": PASSED,
-        },
-        "fp8": {
-            "stage": "quantize",
-            "parameters": {"format": "fp8"},
-            "measured": {"perplexity": 42.25, "perplexity_text": TEXT, "sparsity": 0.72, "bytes": 1_100_000},
-            "sparse_integrity_check": PASSED,
-        },
-    }
-
-
-def as_record(record: dict[str, Any]) -> StageRecord:
-    fields: dict[str, Any] = {"parameters": {}, **record}
-    return StageRecord(**fields)
-
-
-def write(records: Records, folder: Path) -> list[str]:
-    """Write each record as a stage does, into a folder of its own; return the folders."""
-    for name, record in records.items():
-        place = folder / name
-        place.mkdir(parents=True)
-        as_record(record).save(place / f"{record['stage']}_stats.json")
-    return [str(folder / name) for name in records]
-
-
-def loaded(records: Records) -> list[StageRecord]:
-    return order([as_record(record) for record in records.values()])
-
-
-Report = Callable[[Records], tuple[str, dict[str, Any], StageRecord]]
+Report = Callable[..., tuple[str, dict[str, Any], StageRecord]]
 
 
 @pytest.fixture
 def report(tmp_path: Path) -> Report:
-    """A function that makes a report from records: (page, summary, the stage's own record)."""
+    """A function that makes a report on models with these records: (page, summary, the stage's own record)."""
 
-    def make(records: Records) -> tuple[str, dict[str, Any], StageRecord]:
-        result = run(ReportConfig(records=write(records, tmp_path / "in"), output_dir=str(tmp_path / "out")))
+    def make(records: Records, source: dict[str, str] = SOURCE) -> tuple[str, dict[str, Any], StageRecord]:
+        result = run(ReportConfig(models=write(records, tmp_path / "in", source), output_dir=str(tmp_path / "out")))
         page = (tmp_path / "out" / REPORT_PAGE).read_text(encoding="utf-8")
         return page, json.loads((tmp_path / "out" / REPORT_SUMMARY).read_text()), result
 
@@ -165,8 +70,7 @@ def titles(page: str) -> list[str]:
 
 
 def test_full_run_tells_every_number(report: Report) -> None:
-    # in the wrong order: the report puts the stages in that of the pipeline
-    page, summary, result = report(dict(reversed(full().items())))
+    page, summary, result = report(full())  # which names int8 first: the report sorts formats by name
 
     assert (summary["model_id"], summary["revision"]) == ("some/model", "abc123")
     assert [row["name"] for row in summary["rows"]] == ["dense", "pruned", "distilled", "fp8", "int8"]
@@ -218,7 +122,7 @@ def test_page_needs_nothing_from_outside(report: Report) -> None:
 def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     folders = write(full(), tmp_path)
     for name in ("a", "b"):
-        run(ReportConfig(records=folders, output_dir=str(tmp_path / name)))
+        run(ReportConfig(models=folders, output_dir=str(tmp_path / name)))
     for file in (REPORT_PAGE, REPORT_SUMMARY):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -228,13 +132,13 @@ def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
 )
 def test_hostile_names_stay_text(report: Report, dark: str) -> None:
     records = full()
-    records["dense"]["parameters"]["model_id"] = dark
+    records["dense"]["parameters"] = {"model_id": dark}
     records["int8"]["parameters"]["format"] = dark
     records["sparse"]["details"]["layers"][0] |= {"linear": dark, "name": dark, "relative_error": 9.0}
     records["sparse"]["parameters"][dark] = dark
     records["sparse"]["versions"][dark] = dark
     records["student"]["sparse_integrity_check"] = PASSED | {"passed": False, "tensors": {dark: {"violations": 1}}}
-    page, summary, _ = report(records)
+    page, summary, _ = report(records, {"model_id": dark, "revision": dark})
     shape = Shape(page)
     assert not {"script", "img", "b"} & shape.tags
     assert summary["model_id"] == dark
@@ -269,15 +173,6 @@ def test_only_fetch(report: Report) -> None:
     page, summary, _ = report({"dense": full()["dense"]})
     assert summary["measured"] == {}
     assert titles(page) == ["Size by stage"]
-
-
-def test_source_comes_from_a_checkpoints_history(tmp_path: Path) -> None:
-    (folder,) = write({"sparse": full()["sparse"]}, tmp_path)
-    history = {"format": 1, "source": {"model_id": "hub/name", "revision": "def456"}, "steps": []}
-    (Path(folder) / "compression.json").write_text(json.dumps(history))
-    run(ReportConfig(records=[folder], output_dir=str(tmp_path / "out")))
-    summary = json.loads((tmp_path / "out" / REPORT_SUMMARY).read_text())
-    assert (summary["model_id"], summary["revision"]) == ("hub/name", "def456")
 
 
 def test_perplexities_of_different_texts_are_not_compared(report: Report) -> None:
@@ -315,7 +210,7 @@ def test_unknown_stages_and_values_do_no_harm(report: Report) -> None:
     records["fp8"]["sparse_integrity_check"] = {"verdict": "?"}
     page, summary, _ = report(records)
     rows = {row["name"]: row for row in summary["rows"]}
-    assert list(rows) == ["dense", "pruned", "distilled", "fp8", "int8", "int8_2", "tokenize"]
+    assert list(rows) == ["dense", "pruned", "distilled", "tokenize", "fp8", "int8", "int8_2"]
     assert rows["tokenize"]["seconds"] == 2.0
     assert rows["int8_2"]["bytes"] is None
     assert rows["int8_2"]["sparsity"] is None
@@ -358,60 +253,6 @@ def test_experts_share_a_line_and_equal_endings_do_not() -> None:
     labels = {word for word in Shape(plot.svg).words if word.isidentifier() or "." in word}
     assert {"up", "attn.proj", "mlp.proj"} <= labels
     assert "4 layers" in plot.caption
-
-
-def test_records_name_files_or_folders_once(tmp_path: Path) -> None:
-    sparse, student = write({key: full()[key] for key in ("sparse", "student")}, tmp_path)
-    files = record_files([student, f"{sparse}/prune_stats.json", sparse, f"{tmp_path}/./student"])
-    assert [file.name for file in files] == ["distill_stats.json", "prune_stats.json"]
-
-
-def test_the_same_record_from_two_folders_counts_once(tmp_path: Path) -> None:
-    records = {"sparse": full()["sparse"], "copy": full()["sparse"]}
-    run(ReportConfig(records=write(records, tmp_path), output_dir=str(tmp_path / "out")))
-    rows = json.loads((tmp_path / "out" / REPORT_SUMMARY).read_text())["rows"]
-    assert [row["name"] for row in rows] == ["dense", "pruned"]
-
-
-def test_wrong_settings_are_refused(tmp_path: Path) -> None:
-    (good,) = write({"dense": full()["dense"]}, tmp_path)
-    (tmp_path / "empty").mkdir()
-    new = str(tmp_path / "out")
-    for records, output_dir, title, message in (
-        ([], new, "t", r"records must name at least one record, got \[\]"),
-        ([str(tmp_path / "none.json")], new, "t", "records must name existing files or folders, got .*none.json"),
-        (
-            [str(tmp_path / "empty")],
-            new,
-            "t",
-            r"records must name files or folders that hold \*_stats.json, got .*empty",
-        ),
-        ([good], str(tmp_path / "empty"), "t", "output_dir must not exist yet, got .*empty"),
-        ([good], "", "t", "output_dir must be given"),
-        ([good], new, " ", "title must be given"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ReportConfig(records=records, output_dir=output_dir, title=title).check_environment()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "not json",
-        "[1]",
-        '{"a": 1}',
-        '{"stage": 1, "parameters": {}}',
-        '{"stage": "prune", "parameters": []}',
-        '{"stage": "prune", "parameters": {}, "measured": 3}',
-        '{"stage": "prune", "parameters": {}, "sparse_integrity_check": true}',
-    ],
-)
-def test_what_is_not_a_record_is_refused_and_leaves_nothing(tmp_path: Path, content: str) -> None:
-    file = tmp_path / "prune_stats.json"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=r"prune_stats\.json must be JSON"):
-        run(ReportConfig(records=[str(file)], output_dir=str(tmp_path / "out")))
-    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_numbers_read_well() -> None:

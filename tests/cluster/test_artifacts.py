@@ -1,0 +1,155 @@
+"""The launcher and its nodes on a store that is described by `store_session_info` alone, started as KFP starts them.
+
+KFP's own launcher downloads a task's inputs before the task's code runs, and here an archive does. The rest is real: the
+command of the compiled pipeline, KFP's executor, the secret, and an S3 server that refuses requests that are not signed for its
+region by its key. No variable of any pod names the store.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import s3fs
+import yaml
+from kubernetes import client
+
+from components.core import storage
+from components.core.history import StageRecord
+from components.core.storage import session_of
+from components.core.storage.place import open_store
+from components.core.storage.session import CREDENTIALS, INFO, STORE
+from components.distill_distributed.config import DistillDistributedConfig
+from components.images import CPU_IMAGE, LAUNCHER_IMAGE
+from pipelines.compile import COMPILED
+from tests.cluster.conftest import ACCOUNT
+from tests.cluster.launcher import Handover, Launcher, settings
+from tests.cluster.test_distributed import address, check_like_one, inputs, models, pipeline_run  # noqa: F401 (fixtures)
+from tests.faulty_server import in_front_of
+from tests.stores import demands, servers  # noqa: F401 (a fixture)
+
+SECRET, SECRET_VALUE, KEY, REGION = "mlpipeline-minio-artifact", "not-to-be-shown", "minio", "a-region"
+ROOT = "minio://bucket/v2/artifacts/compress-distributed"
+EXECUTOR = """
+run=/minio/bucket/v2/artifacts/compress-distributed/$RUN
+mkdir -p $run/task/unique && python -m tarfile -e /inputs/inputs.tar.gz $run/task/unique
+"$@" || exit
+test -e $run/distill/unique/distilled_model && echo "the launcher has the model"
+echo DONE
+"""
+
+
+@pytest.fixture(scope="module")
+def store(space, address, servers):  # noqa: F811
+    """The store; the secret with its credentials, and the right to read it that KFP gives to its runs."""
+    core, rbac = client.CoreV1Api(space.api), client.RbacAuthorizationV1Api(space.api)
+    data = {"accesskey": KEY, "secretkey": SECRET_VALUE}
+    core.create_namespaced_secret(space.namespace, {"metadata": {"name": SECRET}, "stringData": data})
+    rule = {"apiGroups": [""], "resources": ["secrets"], "verbs": ["get"]}
+    rbac.create_namespaced_role(space.namespace, {"metadata": {"name": "of-kfp"}, "rules": [rule]})
+    binding = {
+        "metadata": {"name": "of-kfp"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "of-kfp"},
+        "subjects": [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": space.namespace}],
+    }
+    rbac.create_namespaced_role_binding(space.namespace, binding)
+    with in_front_of(servers["s3"], address) as server:
+        server.fault = demands(REGION, KEY)
+        yield server
+    rbac.delete_namespaced_role_binding("of-kfp", space.namespace)
+    rbac.delete_namespaced_role("of-kfp", space.namespace)
+
+
+@pytest.fixture
+def told(store, monkeypatch) -> str:
+    """What KFP tells about the store; this process reaches it in the same way."""
+    params = {"endpoint": store.url.removeprefix("http://"), "region": REGION, "disableSSL": "true", "fromEnv": "false"}
+    params |= {"secretName": SECRET, "accessKeyKey": "accesskey", "secretKeyKey": "secretkey"}
+    info = json.dumps({"Provider": "minio", "Params": params})
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv(STORE, json.dumps(vars(session_of(f"{ROOT}/run/task/unique/model", {INFO: info}))))
+    for name, value in zip(CREDENTIALS, (KEY, SECRET_VALUE), strict=True):
+        monkeypatch.setenv(name, value)
+    return info
+
+
+class KfpLauncher(Launcher):
+    """A launcher's pod as KFP makes it.
+
+    Args:
+        space: where it runs.
+        name: the pod's name.
+        run: the run that it belongs to.
+        told: `store_session_info`.
+        given: settings that differ from the defaults.
+    """
+
+    def __init__(self, space, name, run, told, given):
+        self.space, self.name, self.run_id = space, name, run.name
+        executor = _spec()["deploymentSpec"]["executors"]["exec-distill-distributed"]["container"]
+        folder = f"{ROOT}/{run.name}/task/unique"
+        artifacts = {"dense_model": "dense", "pruned_model": "pruned", "mask": "pruned", "tokens": "tokens"}
+
+        def artifact(uri, kind, **metadata):
+            return {"artifacts": [{"name": "1", "uri": uri, "type": {"schemaTitle": kind}, "metadata": metadata}]}
+
+        outputs = {"distilled_model": "system.Model", "job_manifest": "system.Artifact", "metrics": "system.Metrics"}
+        place = f"{ROOT}/{run.name}/distill/unique"
+        executor_input = {
+            "inputs": {
+                "parameterValues": _parameters(given),
+                "artifacts": {
+                    name: artifact(f"{folder}/{path}", "system.Artifact", **{INFO: told}) for name, path in artifacts.items()
+                },
+            },
+            "outputs": {
+                "artifacts": {name: artifact(f"{place}/{name}", kind) for name, kind in outputs.items()},
+                "outputFile": "/tmp/kfp_outputs/output_metadata.json",
+            },
+        }
+        arguments = [argument.replace("{{$}}", json.dumps(executor_input)) for argument in executor["args"]]
+        command = ["env", f"RUN={run.name}", "sh", "-c", EXECUTOR, "sh", *executor["command"], *arguments]
+        self.create(run, command, ["minio"], Handover(""))
+
+
+def _spec() -> dict:
+    spec = next(yaml.safe_load_all((COMPILED / "compress-distributed.yaml").read_text()))
+    assert spec["deploymentSpec"]["executors"]["exec-distill-distributed"]["container"]["image"] == LAUNCHER_IMAGE
+    return spec
+
+
+def _parameters(given: dict) -> dict:
+    """The component's parameters: what is given, and the defaults of the settings."""
+    taken = _spec()["components"]["comp-distill-distributed"]["inputDefinitions"]["parameters"]
+    defaults = {name: entry.default for name, entry in DistillDistributedConfig.__dataclass_fields__.items()}
+    own = {name: value for name, value in settings(Path("/")).items() if name in taken}
+    values = {name: defaults.get(name) for name in taken if name != "task_config"} | own | given
+    return values | {"task_config": {"env": [{"name": "OMP_NUM_THREADS", "value": "1"}]}}
+
+
+def upload(models: Path, run_id: str) -> None:  # noqa: F811
+    """Store the input artifacts as KFP does: the files alone."""
+    place = f"{ROOT}/{run_id}/task/unique"
+    for name in ("dense", "pruned", "tokens"):
+        storage.upload(models / name, f"{place}/{name}")
+        open_store(f"{place}/{name}").delete(["complete.json"])
+
+
+@pytest.mark.usefixtures("inputs")
+def test_a_store_that_only_kfp_describes_is_all_that_is_needed(space, told, store, models, pipeline_run, tmp_path):  # noqa: F811
+    upload(models, pipeline_run.name)
+    before = store.received
+    given = {"image": CPU_IMAGE, "batch_size": 2, "gpus": 0, "cpu": "500m", "memory": "2Gi"}
+    launcher = KfpLauncher(space, f"{pipeline_run.name}-launcher", pipeline_run, told, given)
+    log = launcher.wait_for_end("Succeeded")
+    assert "the launcher has the model" not in log
+    assert "DONE" in log
+    place = f"{ROOT}/{pipeline_run.name}/distill/unique/distilled_model"
+    storage.download(place, tmp_path / "distilled")
+    record = StageRecord.load(tmp_path / "distilled" / "distill_stats.json")
+    check_like_one(models, vars(record))
+    size = sum(file.stat().st_size for file in (tmp_path / "distilled").iterdir())
+    assert store.received - before < 4 * size + 8 * 2**20  # the model and two checkpoints, all of them from the nodes
+    assert not open_store(f"{ROOT}/{pipeline_run.name}/checkpoints").list()
+    objects = [*launcher.nodes().values(), *launcher.jobs(), launcher.read()]
+    assert SECRET in json.dumps(objects)
+    assert SECRET_VALUE not in json.dumps(objects) + log
