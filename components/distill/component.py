@@ -50,7 +50,8 @@ def distill(
     from components.distill.config import DistillConfig, checkpoint_dir_here
     from components.distill.stage import run
 
-    use_session(session_of(dense_model.uri, dense_model.metadata))
+    checkpoint_dir = checkpoint_dir_here(checkpoints, distilled_model.uri, backend, keep_best)
+    use_session(session_of(dense_model.uri, dense_model.metadata), checkpoint_dir)
     config = configure(
         DistillConfig,
         locals(),
@@ -60,7 +61,7 @@ def distill(
         output_dir=distilled_model.path,
         train_data=tokens.path,
         eval_data=tokens.path,
-        checkpoint_dir=checkpoint_dir_here(checkpoints, distilled_model.uri, backend, keep_best),
+        checkpoint_dir=checkpoint_dir,
     )
     record = run(config)
     log_metrics(record, metrics)
@@ -74,5 +75,5 @@ def remove_checkpoints(metrics: Input[Metrics], checkpoints: str) -> None:
 
     place = checkpoints_of_run(checkpoints, metrics.uri)
     if place and is_bucket(metrics.uri):
-        use_session(session_of(metrics.uri, metrics.metadata))
+        use_session(session_of(metrics.uri, metrics.metadata), place)
         remove(place)

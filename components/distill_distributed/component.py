@@ -83,7 +83,7 @@ def distill_distributed(
         "eval_data": tokens.uri,
         "output_dir": distilled_model.uri,
     }
-    use_session(session_of(dense_model.uri, dense_model.metadata))
+    use_session(session_of(dense_model.uri, dense_model.metadata), *artifacts.values())
     config = configure(
         DistillDistributedConfig,
         locals(),

@@ -33,16 +33,20 @@ class SweepConfig:
 def run(config: SweepConfig) -> None:
     """Delete the run's jobs, checkpoints and handover data; all of them may already be gone."""
     cluster = Cluster.connect()
+    places = [*filter(None, (config.checkpoints, config.handover and f"{config.handover}/{config.run_id}"))]
     for kind in KINDS:
         for job in cluster.list_jobs(kind, f"{RUN_LABEL}={config.run_id}"):
             name = job["metadata"]["name"]
-            storage.use_session(job_session(job))
+            storage.use_session(job_session(job), *places)
             cluster.delete_job(kind, name)
             log(f"job {name} deleted")
             cluster.wait_until_gone(kind, name)  # until then its pods may still write
-    for place in filter(None, (config.checkpoints, config.handover and f"{config.handover}/{config.run_id}")):
-        storage.remove(place)
-        log(f"{place} removed")
+    for place in places:
+        try:
+            storage.remove(place)
+            log(f"{place} removed")
+        except (OSError, ValueError) as error:  # a run whose stages have succeeded does not fail for what is left
+            log(f"{place} could not be removed, what is left there must be removed by hand: {error}")
 
 
 def main() -> None:

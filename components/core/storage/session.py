@@ -100,13 +100,13 @@ def session_of(uri: str, metadata: Mapping[str, Any]) -> Session | None:
     )
 
 
-def use_session(session: Session | None) -> None:
-    """Have this process and those that it starts reach the session's bucket as it says; nothing changes if it is None.
+def use_session(session: Session | None, *places: str) -> None:
+    """Have this process and those that it starts reach the session's bucket as it says, if any of the places lies in it.
 
     Raises:
         ValueError: the secret cannot be read, or lacks a key.
     """
-    if session is None:
+    if session is None or not any(map(session.covers, places)):
         return
     os.environ[STORE] = json.dumps(asdict(session))
     if session.secret:

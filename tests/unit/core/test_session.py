@@ -57,7 +57,7 @@ def secrets(monkeypatch, tmp_path):
 
 
 def test_what_kfp_tells_is_the_bucket_alone(secrets, monkeypatch):
-    use_session(session_of(URI, told()))
+    use_session(session_of(URI, told()), URI)
     found = current_session("minio://bucket/anything")
     assert (found.bucket, found.endpoint, found.region) == ("minio://bucket", "http://seaweedfs.kubeflow:9000", "minio")
     assert current_session("minio://bucket-2/anything") is None
@@ -81,13 +81,13 @@ def test_a_pods_own_identity_needs_no_secret(monkeypatch):
     found = session_of("s3://bucket/a", told("s3", fromEnv="true"))
     assert found.secret == ""
     assert [entry["name"] for entry in found.as_env()] == [STORE]
-    use_session(found)  # reads no secret
+    use_session(found, "s3://bucket/b")  # reads no secret
 
 
 def test_without_what_kfp_tells_nothing_changes():
     for metadata in ({}, {INFO: ""}, {INFO: None}):
         assert session_of(URI, metadata) is None
-    use_session(None)
+    use_session(None, URI)
     assert current_session(URI) is None
 
 
@@ -112,15 +112,20 @@ def test_what_is_damaged_or_unknown_is_refused_in_one_line(info, said):
 
 def test_a_secret_that_is_not_there_is_named(secrets):
     with pytest.raises(ValueError, match="names the secret other, which cannot be read: 404, Not Found"):
-        use_session(session_of(URI, told(secretName="other")))
+        use_session(session_of(URI, told(secretName="other")), URI)
     with pytest.raises(ValueError, match="names the secret .*, which must have the key token, it has accesskey, secretkey"):
-        use_session(session_of(URI, told(accessKeyKey="token")))
+        use_session(session_of(URI, told(accessKeyKey="token")), URI)
+
+
+def test_what_is_not_needed_is_not_read(monkeypatch):
+    use_session(session_of(URI, told()), "gs://other/place", "")
+    assert current_session(URI) is None
 
 
 def test_outside_a_pod_the_secret_cannot_be_read(monkeypatch):
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(ValueError, match="names the secret mlpipeline-minio-artifact, which can only be read in a pod"):
-        use_session(session_of(URI, told()))
+        use_session(session_of(URI, told()), URI)
 
 
 def test_a_store_that_demands_endpoint_region_and_key_gets_them(servers, secrets, tmp_path):
@@ -131,11 +136,11 @@ def test_a_store_that_demands_endpoint_region_and_key_gets_them(servers, secrets
     with in_front_of(servers["s3"]) as server:
         server.fault = demands("a-region", "minio")
         place = f"minio://bucket/{tmp_path.name}"
-        use_session(session_of(URI, told(endpoint=server.url.removeprefix("http://"), region="a-region")))
+        use_session(session_of(URI, told(endpoint=server.url.removeprefix("http://"), region="a-region")), URI)
         storage.upload(source, place)
         storage.download(place, tmp_path / "back")
         assert (tmp_path / "back" / "file").read_bytes() == b"content"
-        use_session(session_of(URI, told(endpoint=server.url.removeprefix("http://"), region="other")))
+        use_session(session_of(URI, told(endpoint=server.url.removeprefix("http://"), region="other")), URI)
         with pytest.raises(OSError, match="Forbidden|403"):
             storage.is_complete(place)
 
@@ -150,7 +155,7 @@ def test_a_store_with_a_certificate_of_its_own_is_reached_if_it_is_known(servers
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
         server.socket = context.wrap_socket(server.socket, server_side=True)
-        use_session(session_of(URI, told(endpoint=server.url.removeprefix("http://"), disableSSL="false")))
+        use_session(session_of(URI, told(endpoint=server.url.removeprefix("http://"), disableSSL="false")), URI)
         place = f"minio://bucket/{tmp_path.name}/object"
         with pytest.raises(ValueError, match="cannot be reached, its certificate must be known, AWS_CA_BUNDLE may name"):
             storage.write_bytes(place, b"content")
@@ -163,7 +168,7 @@ def test_a_store_with_a_certificate_of_its_own_is_reached_if_it_is_known(servers
 def test_a_service_accounts_key_is_used_for_gs_and_not_shown(secrets):
     secrets["gcs"] = {"token": '{"private_key": "very secret"'}
     params = {"secretName": "gcs", "tokenKey": "token", "fromEnv": "false"}
-    use_session(session_of("gs://bucket/a", {INFO: json.dumps({"Provider": "gs", "Params": params})}))
+    use_session(session_of("gs://bucket/a", {INFO: json.dumps({"Provider": "gs", "Params": params})}), "gs://bucket/b")
     with pytest.raises(ValueError, match=f"^{TOKEN} must be a service account's key") as refused:
         storage.read_bytes("gs://bucket/a/b")
     assert "very secret" not in str(refused.value)

@@ -129,7 +129,7 @@ def test_nodes_reach_the_store_as_kfp_tells_and_see_the_secret_by_reference(dire
 
 def test_the_sweep_removes_the_checkpoints_of_its_run_where_its_jobs_kept_them(api, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(storage, "use_session", told.append)
+    monkeypatch.setattr(storage, "use_session", lambda session, *_: told.append(session))
     session = session_of(f"{RUN}/prune/1/pruned_model", {INFO: json.dumps(TOLD)})
     annotations = {SESSION: json.dumps(dataclasses.asdict(session))}
     api.add_job("distill-mine", labels={RUN_LABEL: "mine"}, annotations=annotations)
