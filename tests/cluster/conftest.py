@@ -6,7 +6,6 @@ the test machine to be the cluster's node, and so does the shared volume unless 
 """
 
 import os
-import time
 import uuid
 from pathlib import Path
 
@@ -17,24 +16,18 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from tests.cluster import pytorchjob, trainjob
-from tests.cluster.operator import Operator, Space
+from tests.cluster.fixtures import address, inputs, models, pipeline_run
+from tests.cluster.operator import ACCOUNT, Operator, Space, wait_for
 from tests.manifests.test_manifests import MANIFESTS, render
+from tests.stores import servers
+
+__all__ = ["address", "inputs", "models", "pipeline_run", "servers"]
 
 CRDS = Path(__file__).parent / "crds"
 OPERATORS = {  # Deployment that reconciles a kind of job where Kubeflow is installed → the stand-in
     "training-operator": (pytorchjob.KIND, pytorchjob.reconcile),
     "kubeflow-trainer-controller-manager": (trainjob.KIND, trainjob.reconcile),
 }
-ACCOUNT = "pipeline-runner"
-
-
-def wait_for(what: str, condition, seconds: float = 60):
-    """Wait until a condition is true and return its value; fail after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.3)
-    return value
 
 
 @pytest.fixture(scope="session")

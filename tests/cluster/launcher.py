@@ -13,7 +13,7 @@ from components.core.mask.file import MASK_FILE
 from components.distill_distributed.lifecycle import WORKFLOW
 from components.images import CPU_IMAGE, LAUNCHER_IMAGE
 from tests.cluster import pytorchjob
-from tests.cluster.conftest import ACCOUNT, wait_for
+from tests.cluster.operator import ACCOUNT, wait_for
 
 WORKFLOWS = ("argoproj.io", "v1alpha1", "workflows")
 STEPS = 20

@@ -5,6 +5,7 @@ This module has what both kinds of job share; what an operator does with a job i
 
 import copy
 import threading
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,6 +13,16 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
 POLL_SECONDS = 0.5
+ACCOUNT = "pipeline-runner"
+
+
+def wait_for(what: str, condition, seconds: float = 60):
+    """Wait until a condition is true and return its value; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.3)
+    return value
 
 
 def now() -> str:

@@ -21,11 +21,11 @@ from components.core.storage.session import CREDENTIALS, INFO, STORE
 from components.distill_distributed.config import DistillDistributedConfig
 from components.images import CPU_IMAGE, LAUNCHER_IMAGE
 from pipelines.compile import COMPILED
-from tests.cluster.conftest import ACCOUNT
+from tests.cluster.fixtures import check_like_one
 from tests.cluster.launcher import Handover, Launcher, settings
-from tests.cluster.test_distributed import address, check_like_one, inputs, models, pipeline_run  # noqa: F401 (fixtures)
+from tests.cluster.operator import ACCOUNT
 from tests.faulty_server import in_front_of
-from tests.stores import demands, servers  # noqa: F401 (a fixture)
+from tests.stores import demands
 
 SECRET, SECRET_VALUE, KEY, REGION = "mlpipeline-minio-artifact", "not-to-be-shown", "minio", "a-region"
 ROOT = "minio://bucket/v2/artifacts/compress-distributed"
@@ -39,7 +39,7 @@ echo DONE
 
 
 @pytest.fixture(scope="module")
-def store(space, address, servers):  # noqa: F811
+def store(space, address, servers):
     """The store; the secret with its credentials, and the right to read it that KFP gives to its runs."""
     core, rbac = client.CoreV1Api(space.api), client.RbacAuthorizationV1Api(space.api)
     data = {"accesskey": KEY, "secretkey": SECRET_VALUE}
@@ -126,7 +126,7 @@ def _parameters(given: dict) -> dict:
     return values | {"task_config": {"env": [{"name": "OMP_NUM_THREADS", "value": "1"}]}}
 
 
-def upload(models: Path, run_id: str) -> None:  # noqa: F811
+def upload(models: Path, run_id: str) -> None:
     """Store the input artifacts as KFP does: the files alone."""
     place = f"{ROOT}/{run_id}/task/unique"
     for name in ("dense", "pruned", "tokens"):
@@ -135,7 +135,7 @@ def upload(models: Path, run_id: str) -> None:  # noqa: F811
 
 
 @pytest.mark.usefixtures("inputs")
-def test_a_store_that_only_kfp_describes_is_all_that_is_needed(space, told, store, models, pipeline_run, tmp_path):  # noqa: F811
+def test_a_store_that_only_kfp_describes_is_all_that_is_needed(space, told, store, models, pipeline_run, tmp_path):
     upload(models, pipeline_run.name)
     before = store.received
     given = {"image": CPU_IMAGE, "batch_size": 2, "gpus": 0, "cpu": "500m", "memory": "2Gi"}

@@ -6,8 +6,8 @@ import pytest
 
 from components.images import CPU_IMAGE
 from tests.cluster import pytorchjob, trainjob
-from tests.cluster.conftest import wait_for
 from tests.cluster.launcher import run_in
+from tests.cluster.operator import wait_for
 
 SHOW_ENV = "env | sort"
 ASLEEP = "exec sleep 600"

@@ -3,7 +3,7 @@
 import pytest
 from kubernetes import client
 
-from tests.cluster.conftest import ACCOUNT
+from tests.cluster.operator import ACCOUNT
 from tests.manifests.test_manifests import MANIFESTS, granted, render
 
 VERBS = ("create", "get", "list", "watch", "update", "patch", "delete", "deletecollection")
