@@ -8,9 +8,11 @@ the last to use the v1alpha3 API; later ones use v1, which deployed registries d
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
+
+from components.core.retry import TRANSIENT, TransientError, retried
 
 # the client's own variable: a token must not be in a setting, which is recorded, or on a command line
 TOKEN_PATH = "KF_PIPELINES_SA_TOKEN_PATH"
@@ -38,8 +40,7 @@ class Registry:
         token = Path(token_path).read_text(encoding="utf-8").strip() if token_path else None
         self.server, self.model = server.rstrip("/"), model
         self.client: Any = ModelRegistryAPIClient(Configuration(host=self.server, access_token=token))
-        with self._named():
-            asyncio.run(self.client.get_registered_models(ListOptions(limit=1)))  # fails early on a wrong address or token
+        self._ask(lambda: self.client.get_registered_models(ListOptions(limit=1)))  # fails early on a wrong address or token
 
     def register(self, version: str, uri: str, properties: dict[str, Any]) -> None:
         """Register a published model, unless it already is.
@@ -53,8 +54,16 @@ class Registry:
             OSError: the registry refused or did not answer.
             ValueError: the version is already registered with another place.
         """
-        with self._named():
-            asyncio.run(self._register(version, uri, properties))
+        self._ask(lambda: self._register(version, uri, properties))
+
+    def _ask(self, request: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Send requests, all of them again after a fault that may pass."""
+
+        def once() -> None:
+            with self._named():
+                asyncio.run(request())
+
+        retried(once)
 
     async def _register(self, version: str, uri: str, properties: dict[str, Any]) -> None:
         from model_registry.types import ModelArtifact, ModelVersion, RegisteredModel
@@ -80,6 +89,7 @@ class Registry:
         try:
             yield
         except ApiException as error:  # its own text includes all headers and the body
-            raise OSError(f"the registry {self.server} answered {error.status} {error.reason}") from error
+            kind = TransientError if error.status in TRANSIENT else OSError
+            raise kind(f"the registry {self.server} answered {error.status} {error.reason}") from error
         except (ClientError, TimeoutError) as error:
-            raise OSError(f"the registry {self.server} does not answer: {error}") from error
+            raise TransientError(f"the registry {self.server} does not answer: {error}") from error

@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, urlparse
 
 import pytest
 
+from components.core import retry
 from components.publish.config import PublishConfig
 from components.publish.stage import run
 from tests.unit.publish.conftest import DENSE, INT8
@@ -154,6 +155,21 @@ def test_a_registration_that_breaks_off_fails_and_a_retry_completes_it(server, p
         (version["name"], artifact["uri"].rsplit("/", 2)[1:])
         for version, (_, artifact) in zip(server.versions, server.artifacts, strict=True)
     ] == [("v1-int8", ["v1", "int8"]), ("v1-fp8", ["v1", "fp8"])]
+
+
+@pytest.mark.parametrize("kind", ["models", "versions", "artifacts"])
+def test_a_registry_that_fails_for_a_while_is_asked_again(server, publish, uploads, monkeypatch, capsys, kind):
+    server.broken = kind
+    plain = retry.log
+
+    def log(line):
+        plain(line)
+        server.broken = None
+
+    monkeypatch.setattr(retry, "log", log)
+    publish()
+    assert "trying again in 0 s (1 of 5): the registry" in capsys.readouterr().out
+    assert len(server.artifacts) == 2
 
 
 def test_a_version_registered_with_another_place_is_left_alone(server, publish, tmp_path):
