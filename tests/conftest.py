@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from components.core import retry
 from tests.small_disk import SmallDisk
+from tests.stores import servers
+
+__all__ = ["servers"]  # one server of each kind for all tests
 
 VOCABULARY = 256
 SMALL = {

@@ -26,9 +26,9 @@ def from_hub(parameter: str, name: str, ask: Callable[[], T]) -> T:
     def once() -> T:
         try:
             return ask()
-        except errors.OfflineModeIsEnabled:
-            raise
         except (HTTPError, errors.LocalEntryNotFoundError) as error:
+            if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+                raise
             response = getattr(error, "response", None)  # None: there was no answer
             if response is not None and response.status_code not in TRANSIENT:
                 raise

@@ -58,6 +58,7 @@ def run(config: NodeConfig) -> None:
     if storage.is_complete(config.result):
         log("the result is there already")
         return
+    storage.check_writable("result", config.result)
     work = Path(tempfile.mkdtemp(prefix="distill-"))
     inputs = parse_json(config.inputs, "inputs", dict[str, str])
     folders = {place: work / f"input-{number}" for number, place in enumerate(sorted(set(inputs.values())))}

@@ -19,9 +19,8 @@ from tests.cluster import pytorchjob, trainjob
 from tests.cluster.fixtures import address, inputs, models, pipeline_run
 from tests.cluster.operator import ACCOUNT, Operator, Space, wait_for
 from tests.manifests.test_manifests import MANIFESTS, render
-from tests.stores import servers
 
-__all__ = ["address", "inputs", "models", "pipeline_run", "servers"]
+__all__ = ["address", "inputs", "models", "pipeline_run"]
 
 CRDS = Path(__file__).parent / "crds"
 OPERATORS = {  # Deployment that reconciles a kind of job where Kubeflow is installed → the stand-in

@@ -128,7 +128,7 @@ class Launcher:
         stage = ["python", "-m", "components.distill_distributed", *(f"--{key}={value}" for key, value in flags.items())]
         self.create(run, ["sh", "-c", EXECUTOR, "sh", *stage], ["work"], handover)
 
-    def create(self, run, command, folders, handover) -> None:
+    def create(self, run, command, folders, handover, image=LAUNCHER_IMAGE) -> None:
         """Create the pod.
 
         Args:
@@ -136,12 +136,13 @@ class Launcher:
             command: what it runs.
             folders: folders below the root that it may write to, besides /tmp.
             handover: what it needs for it.
+            image: its image.
         """
         local = {"inputs": {"configMap": {"name": "inputs"}}, **{name: {"emptyDir": {}} for name in (*folders, "tmp")}}
         strict = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True}
         container = {
             "name": "main",
-            "image": LAUNCHER_IMAGE,
+            "image": image,
             "command": command,
             "env": [{"name": "KFP_POD_NAME", "value": self.name}, *handover.env],
             "securityContext": strict,

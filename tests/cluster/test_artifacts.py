@@ -1,4 +1,4 @@
-"""The launcher and its nodes on a store that is described by `store_session_info` alone, started as KFP starts them.
+"""The distill stages on a store that is described by `store_session_info` alone, started as KFP starts them.
 
 KFP's own launcher downloads a task's inputs before the task's code runs, and here an archive does. The rest is real: the
 command of the compiled pipeline, KFP's executor, the secret, and an S3 server that refuses requests that are not signed for its
@@ -6,20 +6,24 @@ region by its key. No variable of any pod names the store.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import s3fs
 import yaml
+from kfp import dsl
 from kubernetes import client
 
 from components.core import storage
 from components.core.history import StageRecord
-from components.core.storage import session_of
+from components.core.storage import session, session_of
 from components.core.storage.place import open_store
 from components.core.storage.session import CREDENTIALS, INFO, STORE
+from components.distill.component import remove_checkpoints
+from components.distill.config import DistillConfig
 from components.distill_distributed.config import DistillDistributedConfig
-from components.images import CPU_IMAGE, LAUNCHER_IMAGE
+from components.images import CPU_IMAGE, GPU_IMAGE
 from pipelines.compile import COMPILED
 from tests.cluster.fixtures import check_like_one
 from tests.cluster.launcher import Handover, Launcher, settings
@@ -28,14 +32,21 @@ from tests.faulty_server import in_front_of
 from tests.stores import demands
 
 SECRET, SECRET_VALUE, KEY, REGION = "mlpipeline-minio-artifact", "not-to-be-shown", "minio", "a-region"
-ROOT = "minio://bucket/v2/artifacts/compress-distributed"
+ROOT = "minio://bucket/v2/artifacts/compress"
 EXECUTOR = """
-run=/minio/bucket/v2/artifacts/compress-distributed/$RUN
+run=/minio/bucket/v2/artifacts/compress/$RUN
 mkdir -p $run/task/unique && python -m tarfile -e /inputs/inputs.tar.gz $run/task/unique
 "$@" || exit
-test -e $run/distill/unique/distilled_model && echo "the launcher has the model"
-echo DONE
+stats=$run/distill/unique/distilled_model/distill_stats.json
+test ! -e $stats || echo "RESULT $(tr -d '\\n' < $stats)"
 """
+
+
+STAGES = {
+    "compress": ("distill", DistillConfig),
+    "compress-distributed": ("distill-distributed", DistillDistributedConfig),
+}
+TASK_CONFIG = {"task_config": {"env": [{"name": "OMP_NUM_THREADS", "value": "1"}]}}
 
 
 @pytest.fixture(scope="module")
@@ -72,58 +83,50 @@ def told(store, monkeypatch) -> str:
     return info
 
 
-class KfpLauncher(Launcher):
-    """A launcher's pod as KFP makes it.
+class Task(Launcher):
+    """The pod of a distill stage as KFP makes it.
 
     Args:
         space: where it runs.
         name: the pod's name.
         run: the run that it belongs to.
         told: `store_session_info`.
+        pipeline: `compress` or `compress-distributed`.
         given: settings that differ from the defaults.
     """
 
-    def __init__(self, space, name, run, told, given):
+    def __init__(self, space, name, run, told, pipeline, given):
         self.space, self.name, self.run_id = space, name, run.name
-        executor = _spec()["deploymentSpec"]["executors"]["exec-distill-distributed"]["container"]
+        component, config = STAGES[pipeline]
+        spec = next(yaml.safe_load_all((COMPILED / f"{pipeline}.yaml").read_text()))
+        executor = spec["deploymentSpec"]["executors"][f"exec-{component}"]["container"]
+        definition = spec["components"][f"comp-{component}"]
         folder = f"{ROOT}/{run.name}/task/unique"
         artifacts = {"dense_model": "dense", "pruned_model": "pruned", "mask": "pruned", "tokens": "tokens"}
 
-        def artifact(uri, kind, **metadata):
+        def artifact(uri, kind="system.Artifact", **metadata):
             return {"artifacts": [{"name": "1", "uri": uri, "type": {"schemaTitle": kind}, "metadata": metadata}]}
 
-        outputs = {"distilled_model": "system.Model", "job_manifest": "system.Artifact", "metrics": "system.Metrics"}
-        place = f"{ROOT}/{run.name}/distill/unique"
+        made = {
+            name: output["artifactType"]["schemaTitle"] for name, output in definition["outputDefinitions"]["artifacts"].items()
+        }
+        defaults = {name: entry.default for name, entry in config.__dataclass_fields__.items()} | {"checkpoints": "auto"}
+        values = defaults | settings(Path("/")) | given
+        taken = definition["inputDefinitions"]["parameters"].keys() - {"task_config"}
         executor_input = {
             "inputs": {
-                "parameterValues": _parameters(given),
-                "artifacts": {
-                    name: artifact(f"{folder}/{path}", "system.Artifact", **{INFO: told}) for name, path in artifacts.items()
-                },
+                "parameterValues": {name: values[name] for name in taken} | TASK_CONFIG,
+                "artifacts": {name: artifact(f"{folder}/{path}", **{INFO: told}) for name, path in artifacts.items()},
             },
             "outputs": {
-                "artifacts": {name: artifact(f"{place}/{name}", kind) for name, kind in outputs.items()},
+                "artifacts": {name: artifact(f"{ROOT}/{run.name}/distill/unique/{name}", kind) for name, kind in made.items()},
                 "outputFile": "/tmp/kfp_outputs/output_metadata.json",
             },
         }
         arguments = [argument.replace("{{$}}", json.dumps(executor_input)) for argument in executor["args"]]
         command = ["env", f"RUN={run.name}", "sh", "-c", EXECUTOR, "sh", *executor["command"], *arguments]
-        self.create(run, command, ["minio"], Handover(""))
-
-
-def _spec() -> dict:
-    spec = next(yaml.safe_load_all((COMPILED / "compress-distributed.yaml").read_text()))
-    assert spec["deploymentSpec"]["executors"]["exec-distill-distributed"]["container"]["image"] == LAUNCHER_IMAGE
-    return spec
-
-
-def _parameters(given: dict) -> dict:
-    """The component's parameters: what is given, and the defaults of the settings."""
-    taken = _spec()["components"]["comp-distill-distributed"]["inputDefinitions"]["parameters"]
-    defaults = {name: entry.default for name, entry in DistillDistributedConfig.__dataclass_fields__.items()}
-    own = {name: value for name, value in settings(Path("/")).items() if name in taken}
-    values = {name: defaults.get(name) for name in taken if name != "task_config"} | own | given
-    return values | {"task_config": {"env": [{"name": "OMP_NUM_THREADS", "value": "1"}]}}
+        image = executor["image"].replace(GPU_IMAGE, CPU_IMAGE)
+        self.create(run, command, ["minio"], Handover("", env=[{"name": "OMP_NUM_THREADS", "value": "1"}]), image)
 
 
 def upload(models: Path, run_id: str) -> None:
@@ -139,10 +142,9 @@ def test_a_store_that_only_kfp_describes_is_all_that_is_needed(space, told, stor
     upload(models, pipeline_run.name)
     before = store.received
     given = {"image": CPU_IMAGE, "batch_size": 2, "gpus": 0, "cpu": "500m", "memory": "2Gi"}
-    launcher = KfpLauncher(space, f"{pipeline_run.name}-launcher", pipeline_run, told, given)
+    launcher = Task(space, f"{pipeline_run.name}-launcher", pipeline_run, told, "compress-distributed", given)
     log = launcher.wait_for_end("Succeeded")
-    assert "the launcher has the model" not in log
-    assert "DONE" in log
+    assert "RESULT" not in log  # the launcher does not have the model
     place = f"{ROOT}/{pipeline_run.name}/distill/unique/distilled_model"
     storage.download(place, tmp_path / "distilled")
     record = StageRecord.load(tmp_path / "distilled" / "distill_stats.json")
@@ -153,3 +155,26 @@ def test_a_store_that_only_kfp_describes_is_all_that_is_needed(space, told, stor
     objects = [*launcher.nodes().values(), *launcher.jobs(), launcher.read()]
     assert SECRET in json.dumps(objects)
     assert SECRET_VALUE not in json.dumps(objects) + log
+
+
+@pytest.mark.usefixtures("inputs")
+def test_training_in_a_pod_that_is_lost_goes_on_from_the_bucket_in_the_next_one(
+    space, told, store, models, pipeline_run, monkeypatch
+):
+    steps = 400
+    given = {"batch_size": 4, "grad_accum_steps": 1, "epochs": 100, "max_steps": steps}
+    first = Task(space, f"{pipeline_run.name}-try-1", pipeline_run, told, "compress", given)
+    first.wait_for_line(r"checkpoint uploaded: minio://bucket/\S+/checkpoints/\S+/step-\d+")
+    space.core.delete_namespaced_pod(first.name, space.namespace, grace_period_seconds=0)
+    second = Task(space, f"{pipeline_run.name}-try-2", pipeline_run, told, "compress", given)
+    stats = second.result()
+    (resumed,) = re.findall(r"^resuming from \S+/step-(\d+)$", second.log(), re.MULTILINE)
+    assert int(resumed) >= 50
+    assert [step["step"] for step in stats["details"]["steps"]] == list(range(1, steps + 1))
+    assert stats["sparse_integrity_check"]["violations"] == 0
+    assert f"{pipeline_run.name}/checkpoints" in second.log()
+    monkeypatch.setattr(session, "_read_secret", lambda _: {})  # this process has its content
+    metrics = dsl.Metrics(uri=f"{ROOT}/{pipeline_run.name}/distill/unique/metrics", metadata={INFO: told})
+    assert open_store(f"{ROOT}/{pipeline_run.name}/checkpoints").list()
+    remove_checkpoints.python_func(metrics=metrics, checkpoints="auto")
+    assert not open_store(f"{ROOT}/{pipeline_run.name}/checkpoints").list()

@@ -1,5 +1,5 @@
 """Stores on loopback."""
 
-from tests.stores import connect, servers
+from tests.stores import connect
 
-__all__ = ["connect", "servers"]
+__all__ = ["connect"]
