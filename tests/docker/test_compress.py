@@ -45,7 +45,7 @@ def test_the_run_ends_with_a_report_and_published_models(finished):
 def test_every_stage_ran_in_its_image_and_nothing_as_root(finished):
     folder, done = finished
     assert done.stdout.count(f"Found image {CPU_IMAGE!r}") == 7  # two formats
-    assert done.stdout.count(f"Found image {LAUNCHER_IMAGE!r}") == 2
+    assert done.stdout.count(f"Found image {LAUNCHER_IMAGE!r}") == 3  # resolve, the removal of checkpoints, publish
     written = [path for place in ("compress-*", "published") for path in folder.glob(f"{place}/**/*") if path.is_file()]
     assert len(written) > 20
     assert {path.stat().st_uid for path in written} == {USER}
