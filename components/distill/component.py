@@ -46,12 +46,12 @@ def distill(
     """Distil the dense teacher into the sparse student."""
     from components.core.history import log_metrics
     from components.core.settings import configure
-    from components.core.storage import session_of, use_session
+    from components.core.storage import use_store_of
     from components.distill.config import DistillConfig, checkpoint_dir_here
     from components.distill.stage import run
 
     checkpoint_dir = checkpoint_dir_here(checkpoints, distilled_model.uri, backend, keep_best)
-    use_session(session_of(dense_model.uri, dense_model.metadata), checkpoint_dir)
+    use_store_of(dense_model.uri, dense_model.metadata, checkpoint_dir)
     config = configure(
         DistillConfig,
         locals(),
@@ -70,10 +70,10 @@ def distill(
 @launcher_pod()
 def remove_checkpoints(metrics: Input[Metrics], checkpoints: str) -> None:
     """Remove the checkpoints of a training whose model KFP has stored; until then, a lost pod still needs them."""
-    from components.core.storage import is_bucket, remove, session_of, use_session
+    from components.core.storage import is_bucket, remove_leftovers, use_store_of
     from components.distill.config import checkpoints_of_run
 
     place = checkpoints_of_run(checkpoints, metrics.uri)
     if place and is_bucket(metrics.uri):
-        use_session(session_of(metrics.uri, metrics.metadata), place)
-        remove(place)
+        use_store_of(metrics.uri, metrics.metadata, place)
+        remove_leftovers(place)

@@ -30,8 +30,8 @@ NOT_IN_PIPELINES = {
     "no_mask": "a control for comparisons: its result is not sparse, so no later stage would accept it",
     "max_grad_norm": "expert setting",
     "global_batch": "follows from batch_size, grad_accum_steps and the number of processes",
-    "checkpoint_steps": "only used with checkpoint_dir",
-    "keep_checkpoints": "only used with checkpoint_dir",
+    "checkpoint_steps": "expert setting",
+    "keep_checkpoints": "expert setting",
     "tensorboard_dir": "a pod's disk is lost with the pod; the report plots the curves",
 }
 CHECKPOINT_VARIABLE = "DISTILL_CHECKPOINT_DIR"
@@ -49,6 +49,10 @@ class CheckpointSettings(Settings):
         super().__post_init__()
         if self.checkpoints not in ("auto", "none"):
             check_place("checkpoints", self.checkpoints)
+            if not is_bucket(self.checkpoints):
+                raise ValueError(
+                    f"checkpoints must be auto, none or in a bucket, got {self.checkpoints}: a pod's disk goes with it"
+                )
 
 
 def checkpoints_of_run(checkpoints: str, uri: str) -> str:

@@ -93,6 +93,8 @@ class Trainer:
             manifest = resume.load(self.backend, self.config, self.identity)
             if manifest:
                 self.progress = Progress(**manifest["progress"])
+            if self.remote:
+                self.remote.clear()
             signal.signal(signal.SIGTERM, self._ask_to_end)
         self.backend.student.train()
         steps = self._steps()
@@ -118,7 +120,13 @@ class Trainer:
             return
         if self.remote:
             self.remote.finish()
-        resume.save(self.backend, self.config, step, self.identity, asdict(self.progress), is_shared=self.remote is None)
+        try:
+            resume.save(self.backend, self.config, step, self.identity, asdict(self.progress), is_shared=self.remote is None)
+        except OSError as error:
+            if not self.remote:  # whoever gives a folder wants to know; a pipeline's training goes on without checkpoints
+                raise
+            log(f"no checkpoint at step {step}, training goes on: {error}")
+            return
         if self.remote:
             self.remote.send(step)
             if ending:

@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from components.core.progress import log
 from components.core.storage.place import open_store
 from components.distill import launch
 from components.distill.backends import SingleProcess
-from components.distill.resume import MANIFEST, check_files, files_of, read_manifest
+from components.distill.resume import MANIFEST, check_files, files_of, read_manifest, shared
 
 WHOLE = re.compile(rf"(\w+/step-\d+)/{MANIFEST}")
 PART = re.compile(r"\w+/step-\d+/")
@@ -53,7 +54,7 @@ class RemoteCheckpoints:
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         self.place, self.keep, self.backend = f"{place}/{key}", keep, backend
         self.attempt = backend.from_first(uuid.uuid4().hex)
-        self.thread = threading.Thread()
+        self.thread, self.failed, self.given_up = threading.Thread(), False, threading.Event()
         self.folder = Path(tempfile.gettempdir()) / f"{FOLDERS}{self.attempt}"
         if launch.is_first_here():
             remove_unused(self.folder.parent.glob(f"{FOLDERS}*"))
@@ -70,50 +71,65 @@ class RemoteCheckpoints:
         """Bring the newest whole checkpoint to the local folder of every machine, skipping damaged ones.
 
         Raises:
-            OSError: the bucket cannot be read; starting from the beginning would be worse than ending here.
+            OSError: the bucket cannot be read, on all processes; starting from the beginning would be worse than ending here.
         """
-        store = open_store(self.place)
-        found = [match[1] for name in store.list() if (match := WHOLE.fullmatch(name))] if self.backend.rank == 0 else []
-        for name in self.backend.from_first(sorted(found, key=step_of, reverse=True)):
-            fault = ""
-            if launch.is_first_here():
-                try:
-                    self._fetch(name)
-                except ValueError as error:
-                    fault = str(error)
-                    log(f"skipped a damaged checkpoint in {self.place}: {fault}")
-            if not self.backend.any(bool(fault)):
+        found = shared(self.backend, lambda: self._whole() if self.backend.rank == 0 else [])
+        for name in sorted((name for part in found for name in part), key=step_of, reverse=True):
+            faults = shared(self.backend, partial(self._fetch, name))
+            if not any(faults):
                 return
-            if launch.is_first_here():
-                shutil.rmtree(self.folder / step_name(name), ignore_errors=True)
+            if self.backend.rank == 0:
+                log(f"skipped a damaged checkpoint in {self.place}: {next(filter(None, faults))}")
+            self.clear()
 
-    def _fetch(self, name: str) -> None:
-        """Copy a checkpoint to the local folder. Raises ValueError if it is damaged."""
+    def _whole(self) -> list[str]:
+        """The whole checkpoints in the bucket, as `<attempt>/<step>`."""
+        return [match[1] for name in open_store(self.place).list() if (match := WHOLE.fullmatch(name))]
+
+    def _fetch(self, name: str) -> str:
+        """Copy a checkpoint to this machine's folder; returns what is damaged about it, or an empty text."""
+        if not launch.is_first_here():
+            return ""
         store, folder = open_store(f"{self.place}/{name}"), self.folder / step_name(name)
         folder.mkdir(parents=True)
-        held = store.list()
-        store.get({MANIFEST: folder / MANIFEST})
-        files = read_manifest(folder)["files"]
-        if missing := sorted(files.keys() - held.keys()):
-            raise ValueError(f"{self.place}/{name} must have the file {missing[0]}, it has not")
-        for path in (folder / name for name in files):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        store.get({name: folder / name for name in files})
-        check_files(folder, files)
+        try:
+            held = store.list()
+            store.get({MANIFEST: folder / MANIFEST})
+            files = read_manifest(folder)["files"]
+            if missing := sorted(files.keys() - held.keys()):
+                raise ValueError(f"{self.place}/{name} must have the file {missing[0]}, which is missing")
+            for path in (folder / file for file in files):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            store.get({file: folder / file for file in files})
+            check_files(folder, files)
+        except (ValueError, KeyError) as error:  # the latter: an object was removed meanwhile, by an attempt that still runs
+            return str(error) or type(error).__name__
         log(f"checkpoint fetched from {self.place}/{name}")
+        return ""
+
+    def clear(self) -> None:
+        """Remove this machine's local checkpoints, which all of its processes have read or cannot use."""
+        self.backend.barrier()
+        if launch.is_first_here():
+            for folder in self.folder.glob("step-*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def is_busy(self) -> bool:
-        """Whether any machine still uploads the checkpoint before."""
+        """Whether any machine still uploads the checkpoint before; one that another machine has given up is given up here."""
+        if self.backend.any(self.failed):
+            self.given_up.set()
+            self.finish()
         return self.backend.any(self.thread.is_alive())
 
     def send(self, step: int) -> None:
         """Begin to upload a checkpoint from the local folders of all machines; training goes on meanwhile."""
         if launch.is_first_here():
+            self.failed, self.given_up = False, threading.Event()
             self.thread = threading.Thread(target=self._send, args=(self.folder / f"step-{step:08d}",), daemon=True)
             self.thread.start()
 
     def finish(self) -> None:
-        """Wait for the upload that is going on, for as long as a pod has that is being stopped."""
+        """Wait for the upload that is going on, for as long as a pod that is being stopped can wait."""
         if self.thread.is_alive():
             self.thread.join(END_PATIENCE)
         if self.thread.is_alive():
@@ -132,7 +148,9 @@ class RemoteCheckpoints:
                 log(f"checkpoint uploaded: {self.place}/{name}")
                 self._remove_old(step_of(name))
         except (OSError, ValueError) as error:
+            self.failed = True
             log(f"checkpoint {folder.name} could not be uploaded, training goes on: {error}")
+        shutil.rmtree(folder, ignore_errors=True)  # so that a disk holds one checkpoint at a time
 
     def _wait_for_others(self, name: str, sizes: Mapping[str, int]) -> None:
         """Wait until the bucket holds every file. Raises ValueError, which names the first that is missing."""
@@ -142,9 +160,8 @@ class RemoteCheckpoints:
             missing = [file for file, size in sizes.items() if file not in there or there[file].size != size]
             if not missing:
                 return
-            if time.monotonic() - start > OTHERS_PATIENCE:
-                raise ValueError(f"another machine has not uploaded {missing[0]} within {OTHERS_PATIENCE:.0f} s")
-            time.sleep(POLL_SECONDS)
+            if self.given_up.wait(POLL_SECONDS) or time.monotonic() - start > OTHERS_PATIENCE:
+                raise ValueError(f"another machine has not uploaded {missing[0]}")
 
     def _remove_old(self, newest: int) -> None:
         """Delete checkpoints before the last ones, and what was never completed before them; manifests first."""

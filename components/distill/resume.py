@@ -98,30 +98,49 @@ def save(
     try:
         backend.save_state(folder)
         backend.barrier()  # the files of all processes are there
-        parts = backend.gather({name: held._asdict() for name, held in checksums(files_of(folder)).items()} if is_first else {})
-        if backend.rank == 0:
-            content = {
-                "step": step,
-                "world_size": backend.world_size,
-                "form": backend.checkpoint_form,
-                "has_best": bool(backend.best),
-                "scaler": backend.scaler.state_dict(),
-                "identity": identity,
-                "progress": progress,
-                "files": {name: held for part in parts for name, held in part.items()},
-            }
-            write_json(folder / MANIFEST, content | {CHECKSUM: content_checksum(content)})
+        parts = shared(backend, lambda: listing_of(folder) if is_first else {})
+        content = {
+            "step": step,
+            "world_size": backend.world_size,
+            "form": backend.checkpoint_form,
+            "has_best": bool(backend.best),
+            "scaler": backend.scaler.state_dict(),
+            "identity": identity,
+            "progress": progress,
+            "files": {name: held for part in parts for name, held in part.items()},
+        }
+        whole = content | {CHECKSUM: content_checksum(content)}
+        shared(backend, lambda: write_json(folder / MANIFEST, whole) if backend.rank == 0 else None)
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     if is_first:
-        # on other machines than the first there are no manifests, and nothing is left from before
-        kept = [path for path in sorted(folder.parent.glob("step-*")) if path <= folder and (path / MANIFEST).exists()]
-        for old in set(folder.parent.glob("step-*")) - {*kept[-config.keep_checkpoints :], folder}:  # incomplete ones too
+        kept = [path for path in checkpoints(folder.parent) if path <= folder][-config.keep_checkpoints :]
+        for old in set(folder.parent.glob("step-*")) - {*kept, folder}:  # incomplete and damaged ones too
             shutil.rmtree(old, ignore_errors=True)
     if backend.rank == 0:
         log(f"checkpoint: {folder}")
     backend.barrier()
+
+
+def shared(backend: SingleProcess, work: Callable[[], T]) -> list[T]:
+    """What every process gets from its work. Raises OSError on all of them if one fails, so that none waits for another."""
+    result, fault = None, None
+    try:
+        result = work()
+    except OSError as error:
+        fault = error
+    results = backend.gather((result, str(fault) if fault else ""))
+    if fault:
+        raise fault
+    if faults := [text for _, text in results if text]:
+        raise OSError(faults[0])
+    return [result for result, _ in results]  # type: ignore[misc]
+
+
+def listing_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name → size and checksum of every file of a checkpoint but its manifest."""
+    return {name: held._asdict() for name, held in checksums(files_of(folder)).items()}
 
 
 def files_of(folder: Path) -> dict[str, Path]:

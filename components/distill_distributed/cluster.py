@@ -177,6 +177,18 @@ class Cluster:
                 raise ValueError(f"job {name} is deleted but still there after {GONE_PATIENCE:.0f} s: see its finalizers")
             time.sleep(1)
 
+    def wait_until_no_pods(self, selector: str) -> None:
+        """Wait until no pod with a label `name=value` is left.
+
+        Raises:
+            ValueError: one is still there after `GONE_PATIENCE`.
+        """
+        start = time.monotonic()
+        while pods := self.pods_with(selector):
+            if time.monotonic() - start > GONE_PATIENCE:
+                raise ValueError(f"pod {pods[0]['metadata']['name']} is still there after {GONE_PATIENCE:.0f} s")
+            time.sleep(1)
+
     def list_jobs(self, kind: str, label: str) -> list[dict[str, Any]]:
         """The jobs with a label `name=value`; none if the cluster does not know the kind."""
         with accepted(404):
@@ -186,7 +198,10 @@ class Cluster:
 
     def pods_of(self, kind: str, name: str) -> list[dict[str, Any]]:
         """A job's pods, sorted by name."""
-        selector = f"{KINDS[kind].pods_label}={name}"
+        return self.pods_with(f"{KINDS[kind].pods_label}={name}")
+
+    def pods_with(self, selector: str) -> list[dict[str, Any]]:
+        """The pods with a label `name=value`, sorted by name."""
         found = self.core.list_namespaced_pod(self.namespace, label_selector=selector, _request_timeout=TIMEOUT)
         return sorted((self._plain(pod) for pod in found.items), key=lambda pod: str(pod["metadata"]["name"]))
 

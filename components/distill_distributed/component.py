@@ -71,7 +71,7 @@ def distill_distributed(
 
     from components.core.history import log_metrics
     from components.core.settings import configure
-    from components.core.storage import session_of, use_session
+    from components.core.storage import use_store_of
     from components.distill_distributed.config import POD_SETTINGS, DistillDistributedConfig
     from components.distill_distributed.stage import run
 
@@ -83,7 +83,7 @@ def distill_distributed(
         "eval_data": tokens.uri,
         "output_dir": distilled_model.uri,
     }
-    use_session(session_of(dense_model.uri, dense_model.metadata), *artifacts.values())
+    use_store_of(dense_model.uri, dense_model.metadata, *([handover] if handover else artifacts.values()), checkpoints)
     config = configure(
         DistillDistributedConfig,
         locals(),

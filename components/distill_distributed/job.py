@@ -72,7 +72,7 @@ def pytorchjob(spec: JobSpec) -> dict[str, Any]:
 
     A job of fixed size has one master, whose success is that of the job; an elastic job has only workers.
     """
-    template = {"metadata": {"labels": labels(spec), "annotations": NO_MESH}, "spec": pod_spec(spec)}
+    template = {"metadata": {"labels": labels(spec), "annotations": NO_MESH | notes(spec)}, "spec": pod_spec(spec)}
     replica = {"restartPolicy": "OnFailure", "template": template}
     body: dict[str, Any] = {
         "nprocPerNode": str(spec.nproc_per_node),
@@ -116,7 +116,7 @@ def trainjob(spec: JobSpec) -> dict[str, Any]:
     patched["containers"] = [
         {"name": "node", "volumeMounts": container["volumeMounts"], "securityContext": container["securityContext"]}
     ]
-    template = {"metadata": {"labels": labels(spec), "annotations": NO_MESH}, "spec": patched}
+    template = {"metadata": {"labels": labels(spec), "annotations": NO_MESH | notes(spec)}, "spec": patched}
     node = {"name": "node", "template": {"spec": {"template": template}}}
     body = {
         "runtimeRef": {"name": spec.runtime},
@@ -156,18 +156,27 @@ def labels(spec: JobSpec) -> dict[str, str]:
     return {MANAGED_BY: PROJECT, RUN_LABEL: spec.run}
 
 
-def job_session(job: Mapping[str, Any]) -> Session | None:
-    """How a job's nodes reach the pipeline's artifacts, from the job itself; the sweep is given no artifact that tells it."""
-    stored = job["metadata"].get("annotations", {}).get(SESSION)
-    return Session(**parse_json(stored, SESSION, dict[str, Any])) if stored else None
+def stored_session(thing: Mapping[str, Any]) -> Session | None:
+    """How nodes reach the pipeline's artifacts, from a job or a pod of it; the sweep is given no artifact that tells it.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    stored = thing["metadata"].get("annotations", {}).get(SESSION)
+    return parse_json(stored, SESSION, Session) if stored else None
+
+
+def notes(spec: JobSpec) -> dict[str, str]:
+    """Annotations of the job and of its pods."""
+    return {SESSION: json.dumps(asdict(spec.session))} if spec.session else {}
 
 
 def metadata(spec: JobSpec) -> dict[str, Any]:
     """The job's own metadata."""
     queue = {QUEUE_LABEL: spec.queue} if spec.queue else {}
     owners = {"ownerReferences": [dict(spec.owner)]} if spec.owner else {}
-    notes = {"annotations": {SESSION: json.dumps(asdict(spec.session))}} if spec.session else {}
-    return {"name": spec.name, "namespace": spec.namespace, "labels": labels(spec) | queue, **notes, **owners}
+    annotations = {"annotations": notes(spec)} if spec.session else {}
+    return {"name": spec.name, "namespace": spec.namespace, "labels": labels(spec) | queue, **annotations, **owners}
 
 
 def pod_spec(spec: JobSpec) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def ended_with_this_process(cluster: Cluster, kind: str, manifest: dict[str, Any
 
 
 def goes_on(cluster: Cluster, owner: dict[str, Any]) -> bool:
-    """Whether a run goes on although this pod is asked to end; if it cannot be known, the job is rather kept.
+    """Whether a run goes on although this pod is asked to end; if that is unknown, the job is kept.
 
     Preemption and Terminate send the same signal. But Terminate first changes the run's Workflow: KFP sets its
     `activeDeadlineSeconds` to 0, Argo's own commands set `shutdown`.

@@ -71,9 +71,9 @@ def run(config: DistillDistributedConfig) -> StageRecord:
     with ended_with_this_process(cluster, config.kind, manifest):
         submit(cluster, config.kind, manifest)
         fewest = config.node_range()
-        # KFP stores nothing of a stage that fails, so the logs are written to the store itself
-        logs = str(job_file.absolute().with_suffix(".logs")) if config.handover else f"{exchange.result}.logs"
-        Watcher(cluster, config.kind, name, fewest[0] if fewest else config.nodes, config.deadline, logs).follow()
+        # KFP stores nothing of a stage that fails, so the logs are written beside the place of the result
+        kept_at = config.artifact_places().get("output_dir") or str(job_file.absolute())
+        Watcher(cluster, config.kind, name, fewest[0] if fewest else config.nodes, config.deadline, f"{kept_at}.logs").follow()
     record = verify(exchange.result, name, mask)
     if config.handover:
         storage.download(exchange.result, Path(config.output_dir))
@@ -108,10 +108,10 @@ def hand_over(config: DistillDistributedConfig, exchange: Exchange) -> None:
 def clean_up(config: DistillDistributedConfig, exchange: Exchange, keep_result: bool) -> None:
     """Remove what a finished job needs no more; in a pipeline its result is kept for a restarted launcher until the sweep."""
     if exchange.checkpoints:
-        storage.remove(exchange.checkpoints)
+        storage.remove_leftovers(exchange.checkpoints)
     if config.handover:
         job = exchange.result.rpartition("/")[0]
-        storage.remove(f"{job}/inputs" if keep_result else job)
+        storage.remove_leftovers(f"{job}/inputs" if keep_result else job)
 
 
 def job_name(run_id: str, config: DistillDistributedConfig) -> str:

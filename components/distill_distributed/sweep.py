@@ -2,13 +2,14 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from components.core import storage
 from components.core.cli import errors_in_one_line, parse
 from components.core.progress import log
 from components.core.storage import check_place
 from components.distill_distributed.cluster import KINDS, Cluster
-from components.distill_distributed.job import RUN_LABEL, job_session
+from components.distill_distributed.job import RUN_LABEL, stored_session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +32,33 @@ class SweepConfig:
 
 
 def run(config: SweepConfig) -> None:
-    """Delete the run's jobs, checkpoints and handover data; all of them may already be gone."""
-    cluster = Cluster.connect()
+    """Delete the run's jobs, checkpoints and handover data; all of them may already be gone.
+
+    Raises:
+        ValueError: a job or its pods do not go away; the data are left, since they may still write.
+    """
+    cluster, label = Cluster.connect(), f"{RUN_LABEL}={config.run_id}"
+    jobs = [(kind, job) for kind in KINDS for job in cluster.list_jobs(kind, label)]
+    pods = cluster.pods_with(label)  # those of a job that the launcher has deleted may still end
+    for kind, job in jobs:
+        cluster.delete_job(kind, job["metadata"]["name"])
+        log(f"job {job['metadata']['name']} deleted")
+    for kind, job in jobs:
+        cluster.wait_until_gone(kind, job["metadata"]["name"])
+    cluster.wait_until_no_pods(label)
+    remove_data(config, [*(job for _, job in jobs), *pods])
+
+
+def remove_data(config: SweepConfig, jobs_and_pods: list[dict[str, Any]]) -> None:
+    """Remove what the run's nodes have written besides its artifacts, in the store that they were told of."""
     places = [*filter(None, (config.checkpoints, config.handover and f"{config.handover}/{config.run_id}"))]
-    for kind in KINDS:
-        for job in cluster.list_jobs(kind, f"{RUN_LABEL}={config.run_id}"):
-            name = job["metadata"]["name"]
-            storage.use_session(job_session(job), *places)
-            cluster.delete_job(kind, name)
-            log(f"job {name} deleted")
-            cluster.wait_until_gone(kind, name)  # until then its pods may still write
+    try:
+        session = next(filter(None, map(stored_session, jobs_and_pods)), None)
+        storage.use_session(session, *places)
+    except ValueError as error:
+        log(f"the store of the artifacts cannot be reached as KFP says: {error}")
     for place in places:
-        try:
-            storage.remove(place)
-            log(f"{place} removed")
-        except (OSError, ValueError) as error:  # a run whose stages have succeeded does not fail for what is left
-            log(f"{place} could not be removed, what is left there must be removed by hand: {error}")
+        storage.remove_leftovers(place)
 
 
 def main() -> None:

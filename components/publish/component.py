@@ -22,11 +22,11 @@ def publish(
     """Publish the models and their report if they pass the gate; returns the version's place."""
     from components.core.history import log_metrics
     from components.core.settings import configure
-    from components.core.storage import session_of, use_session
+    from components.core.storage import use_store_of
     from components.publish.config import PublishConfig
     from components.publish.stage import run
 
-    use_session(session_of(report_files.uri, report_files.metadata), publish_to)
+    use_store_of(report_files.uri, report_files.metadata, publish_to)
     config = configure(PublishConfig, locals(), models=[model.path for model in models], summary_dir=report_files.path)
     record = run(config)
     log_metrics(record, metrics)

@@ -17,9 +17,9 @@ from kubernetes import client
 
 from components.core import storage
 from components.core.history import StageRecord
-from components.core.storage import session, session_of
+from components.core.storage import session
 from components.core.storage.place import open_store
-from components.core.storage.session import CREDENTIALS, INFO, STORE
+from components.core.storage.session import CREDENTIALS, INFO, STORE, session_of
 from components.distill.component import remove_checkpoints
 from components.distill.config import DistillConfig
 from components.distill_distributed.config import DistillDistributedConfig

@@ -16,9 +16,10 @@ from components.core.storage.place import (
     is_bucket,
     read_bytes,
     remove,
+    remove_leftovers,
     write_bytes,
 )
-from components.core.storage.session import current_session, run_place, session_of, use_session
+from components.core.storage.session import current_session, run_place, use_session, use_store_of
 
 __all__ = [
     "check_complete",
@@ -34,9 +35,10 @@ __all__ = [
     "is_complete",
     "read_bytes",
     "remove",
+    "remove_leftovers",
     "run_place",
-    "session_of",
     "upload",
     "use_session",
+    "use_store_of",
     "write_bytes",
 ]

@@ -16,7 +16,7 @@ from typing import Any
 
 import requests  # type: ignore[import-untyped]
 from google.api_core import exceptions as api
-from google.auth.exceptions import GoogleAuthError
+from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 from google.cloud.storage import Blob, transfer_manager
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
@@ -146,6 +146,8 @@ class GcsStore:
             yield
         except api.NotFound as error:
             raise ValueError(f"{self.place} must lie in a bucket that exists") from error
+        except TransportError as error:  # the servers of credentials do not answer
+            raise TransientError(f"{self.place}: {error}") from error
         except GoogleAuthError as error:
             raise ValueError(f"{self.place} needs Google credentials: {error}") from error
         except api.GoogleAPICallError as error:

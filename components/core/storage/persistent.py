@@ -8,11 +8,10 @@ from components.core.storage.base import Held, Store
 
 
 class PersistentStore:
-    """See `components.core.storage.base.Store`. All requests may be repeated but `create`, whose answer would change."""
+    """See `components.core.storage.base.Store`."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.create = store.create
 
     def list(self) -> dict[str, Held]:
         """See `Store`."""
@@ -33,6 +32,10 @@ class PersistentStore:
     def write(self, name: str, data: bytes) -> None:
         """See `Store`."""
         retried(lambda: self.store.write(name, data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See `Store`; False may mean that an earlier try has written it, so the caller compares what is there."""
+        return retried(lambda: self.store.create(name, data))
 
     def delete(self, names: Iterable[str]) -> None:
         """See `Store`."""

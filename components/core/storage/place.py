@@ -13,6 +13,7 @@ import uuid
 from pathlib import Path, PurePosixPath
 
 from components.core.errors import shown
+from components.core.progress import log
 from components.core.storage.base import Store
 from components.core.storage.folder import FolderStore
 from components.core.storage.listing import COMPLETE
@@ -103,6 +104,15 @@ def remove(place: str) -> None:
     check_place("place", place)
     store = open_store(place)
     store.delete(sorted(store.list(), key=lambda name: PurePosixPath(name).name != COMPLETE))
+
+
+def remove_leftovers(place: str) -> None:
+    """Delete everything under a place that nothing needs any more; a failure is only told, since the work itself is done."""
+    try:
+        remove(place)
+        log(f"{place} removed")
+    except (OSError, ValueError) as error:
+        log(f"{place} could not be removed, what is left there must be removed by hand: {error}")
 
 
 def open_store(place: str) -> Store:

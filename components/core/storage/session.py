@@ -18,12 +18,14 @@ from typing_extensions import TypedDict
 
 from components.core.errors import shown
 from components.core.reading import parse_json
+from components.core.retry import TRANSIENT, TransientError, retried
 
 INFO = "store_session_info"
 STORE = "ARTIFACT_STORE"  # a Session as JSON
 CREDENTIALS = ("ARTIFACT_STORE_ACCESS_KEY", "ARTIFACT_STORE_SECRET_KEY")
 TOKEN = "ARTIFACT_STORE_TOKEN"  # a service account's key for gs://, as JSON
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+TIMEOUT = (5, 30)  # seconds to connect, and for the answer
 PROVIDERS = ("minio", "s3", "gs")
 
 
@@ -82,7 +84,6 @@ def session_of(uri: str, metadata: Mapping[str, Any]) -> Session | None:
     provider, params = told["Provider"], told.get("Params") or {}
     if provider not in PROVIDERS:
         raise ValueError(f"{INFO} must have a Provider among {', '.join(PROVIDERS)}, got {shown(provider)}")
-    scheme, _, path = uri.partition("://")
     secret = "" if params.get("fromEnv", "").lower() == "true" else params.get("secretName", "")
     names = {TOKEN: "tokenKey"} if provider == "gs" else dict(zip(CREDENTIALS, ("accessKeyKey", "secretKeyKey"), strict=True))
     if secret and (missing := [name for name in names.values() if not params.get(name)]):
@@ -91,13 +92,28 @@ def session_of(uri: str, metadata: Mapping[str, Any]) -> Session | None:
     if endpoint and "://" not in endpoint:
         endpoint = f"{'http' if params.get('disableSSL', '').lower() == 'true' else 'https'}://{endpoint}"
     return Session(
-        bucket=f"{scheme}://{path.partition('/')[0]}",
+        bucket=_bucket(uri),
         endpoint=endpoint,
         region=params.get("region", ""),
         path_style=bool(endpoint) and params.get("forcePathStyle", "true").lower() == "true",
         secret=secret,
         keys={variable: params[name] for variable, name in names.items()} if secret else {},
     )
+
+
+def use_store_of(uri: str, metadata: Mapping[str, Any], *places: str) -> None:
+    """Have this process reach the store of an artifact as KFP says, if any of the places lies in the same bucket.
+
+    Args:
+        uri: the artifact's URI.
+        metadata: the artifact's metadata.
+        places: what this process and those that it starts will read and write.
+
+    Raises:
+        ValueError: as for `session_of` and `use_session`.
+    """
+    if any(_bucket(place) == _bucket(uri) for place in places):
+        use_session(session_of(uri, metadata), *places)
 
 
 def use_session(session: Session | None, *places: str) -> None:
@@ -113,6 +129,12 @@ def use_session(session: Session | None, *places: str) -> None:
         os.environ.update(_read_secret(session))
 
 
+def _bucket(place: str) -> str:
+    """`scheme://bucket` of a place; empty for a folder."""
+    scheme, found, path = place.partition("://")
+    return f"{scheme}://{path.partition('/')[0]}" if found else ""
+
+
 def run_place(uri: str) -> str:
     """Where a run has its artifacts, given the URI of one: KFP puts it at `<run>/<task>/<unique>/<name>`."""
     return uri.rsplit("/", 3)[0]
@@ -122,7 +144,7 @@ def current_session(place: str) -> Session | None:
     """The session that this process uses for a place, if there is one."""
     if not (stored := os.environ.get(STORE)):
         return None
-    session = Session(**parse_json(stored, STORE, dict[str, Any]))
+    session = parse_json(stored, STORE, Session)
     return session if session.covers(place) else None
 
 
@@ -132,16 +154,25 @@ def _read_secret(session: Session) -> dict[str, str]:
     from urllib3.exceptions import HTTPError
 
     what = f"{INFO} names the secret {session.secret}, which"
+    settings = client.Configuration()
     try:
-        settings = client.Configuration()
         config.load_incluster_config(settings)
         namespace = NAMESPACE_FILE.read_text(encoding="utf-8").strip()
-        found = client.CoreV1Api(client.ApiClient(settings)).read_namespaced_secret(session.secret, namespace).data or {}
     except config.ConfigException as error:
         raise ValueError(f"{what} can only be read in a pod: {error}") from error
-    except (ApiException, HTTPError) as error:
-        reason = f"{error.status}, {error.reason}" if isinstance(error, ApiException) else error
-        raise ValueError(f"{what} cannot be read: {reason}") from error
+    settings.retries = False
+    api = client.CoreV1Api(client.ApiClient(settings))
+
+    def read() -> dict[str, str]:
+        try:
+            return api.read_namespaced_secret(session.secret, namespace, _request_timeout=TIMEOUT).data or {}
+        except ApiException as error:
+            kind = TransientError if error.status in TRANSIENT else ValueError
+            raise kind(f"{what} cannot be read: {error.status}, {error.reason}") from error
+        except HTTPError as error:
+            raise TransientError(f"{what} cannot be read: {error}") from error
+
+    found = retried(read)
     for key in session.keys.values():
         if key not in found:
             raise ValueError(f"{what} must have the key {key}, it has {', '.join(sorted(found)) or 'none'}")

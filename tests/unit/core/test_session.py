@@ -12,8 +12,8 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
 from components.core import storage
-from components.core.storage import current_session, session, session_of, use_session
-from components.core.storage.session import CREDENTIALS, INFO, STORE, TOKEN
+from components.core.storage import current_session, session, use_session, use_store_of
+from components.core.storage.session import CREDENTIALS, INFO, STORE, TOKEN, session_of
 from tests.faulty_server import in_front_of
 from tests.stores import demands
 
@@ -43,7 +43,7 @@ def secrets(monkeypatch, tmp_path):
     """Secrets as this pod's API server has them: name → key → value."""
     held = {"mlpipeline-minio-artifact": {"accesskey": "minio", "secretkey": "minio123"}}
 
-    def read(_, name, namespace):
+    def read(_, name, namespace, **__):
         assert namespace == "team"
         if name not in held:
             raise ApiException(404, "Not Found")
@@ -117,9 +117,27 @@ def test_a_secret_that_is_not_there_is_named(secrets):
         use_session(session_of(URI, told(accessKeyKey="token")), URI)
 
 
-def test_what_is_not_needed_is_not_read(monkeypatch):
+def test_what_is_not_needed_is_not_read():
     use_session(session_of(URI, told()), "gs://other/place", "")
+    use_store_of(URI, {INFO: "damaged"}, "gs://other/place", "", "auto")
     assert current_session(URI) is None
+    with pytest.raises(ValueError, match=f"{INFO} must be JSON"):
+        use_store_of(URI, {INFO: "damaged"}, "minio://bucket/checkpoints")
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_api_server_is_asked_again_for_the_secret(secrets, monkeypatch, capsys, status):
+    plain, answers = client.CoreV1Api.read_namespaced_secret, [status, status]
+
+    def read(self, name, namespace, **options):
+        if answers:
+            raise ApiException(answers.pop(), "Busy")
+        return plain(self, name, namespace, **options)
+
+    monkeypatch.setattr(client.CoreV1Api, "read_namespaced_secret", read)
+    use_store_of(URI, told(), URI)
+    assert capsys.readouterr().out.count("trying again in 0 s") == 2
+    assert current_session(URI) is not None
 
 
 def test_outside_a_pod_the_secret_cannot_be_read(monkeypatch):

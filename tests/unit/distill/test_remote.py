@@ -268,3 +268,42 @@ def test_a_bucket_that_is_gone_for_a_while_gets_the_next_checkpoint(
     connect("s3")
     assert whole(place) == [8]
     check_same(run, undisturbed)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_training(begin, undisturbed, place, slow_steps, monkeypatch, capfd):
+    plain = resume.save
+
+    def save(backend, config, step, *args, **options):
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        plain(backend, config, step, *args, **options)
+
+    monkeypatch.setattr(resume, "save", save)
+    run = begin(checkpoint_steps=4)
+    run.fit()
+    run.remote.thread.join()
+    assert "no checkpoint at step 4, training goes on: [Errno 28] No space left on device" in capfd.readouterr().out
+    assert whole(place) == [8]
+    check_same(run, undisturbed)
+
+
+def test_a_checkpoint_that_one_machine_cannot_upload_does_not_keep_the_next_ones_waiting(begin, place, monkeypatch, capfd):
+    run = begin(checkpoint_steps=4)
+    monkeypatch.setattr(
+        run.remote, "_wait_for_others", lambda name, _: RemoteCheckpoints._wait_for_others(run.remote, name, {"x": 1})
+    )
+    run._steps().__next__()
+    run._save(1, ending=False)
+    assert run.remote.is_busy()
+    run.remote.failed = True  # as on the machine that cannot
+    assert not run.remote.is_busy()
+    assert "could not be uploaded, training goes on: another machine has not uploaded x" in capfd.readouterr().out
+    assert whole(place) == []
+
+
+def test_the_local_disk_holds_no_checkpoint_that_is_in_the_bucket(begin, place, slow_steps):
+    lose(begin(), 3)
+    run = begin()
+    run.fit()
+    run.remote.thread.join()
+    assert list(run.remote.folder.glob("step-*")) == []

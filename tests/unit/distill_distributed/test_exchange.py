@@ -7,11 +7,11 @@ import shutil
 import pytest
 
 from components.core import storage
-from components.core.storage import run_place, session_of
-from components.core.storage.session import INFO, STORE
+from components.core.storage import run_place
+from components.core.storage.session import INFO, STORE, session_of
 from components.distill.config import checkpoint_dir_here, checkpoints_of_run
 from components.distill_distributed import stage, sweep
-from components.distill_distributed.job import RENDERERS, RUN_LABEL, SESSION, job_session
+from components.distill_distributed.job import RENDERERS, RUN_LABEL, SESSION, stored_session
 from components.distill_distributed.sweep import SweepConfig
 from components.distill_distributed.watch import JobError
 from tests.unit.distill_distributed.conftest import MASTER, WORKER, hand_over_result
@@ -124,7 +124,7 @@ def test_nodes_reach_the_store_as_kfp_tells_and_see_the_secret_by_reference(dire
         for variable, key in keys.items():
             reference = {"secretKeyRef": {"name": "mlpipeline-minio-artifact", "key": key}}
             assert json.dumps({"name": variable, "valueFrom": reference}) in text
-        assert job_session(job) == session  # by which the sweep reaches it too
+        assert stored_session(job) == session  # by which the sweep reaches it too
 
 
 def test_the_sweep_removes_the_checkpoints_of_its_run_where_its_jobs_kept_them(api, tmp_path, monkeypatch):
@@ -152,3 +152,33 @@ def test_the_place_of_a_runs_checkpoints(monkeypatch):
     assert checkpoint_dir_here("auto", "/runs/distill/1/distilled_model", "none", keep_best=False) == ""  # kfp.local
     monkeypatch.setenv("DISTILL_CHECKPOINT_DIR", "/runs/checkpoints")
     assert checkpoint_dir_here("auto", "/runs/distill/1/distilled_model", "none", keep_best=False) == "/runs/checkpoints"
+
+
+def test_what_cannot_be_removed_does_not_fail_a_job_that_has_succeeded(api, direct, tmp_path, monkeypatch, capsys):
+    def refuse(place):
+        raise OSError(f"{place}: 403")
+
+    monkeypatch.setattr("components.core.storage.place.remove", refuse)
+    api.story = success(api, direct, tmp_path)
+    assert stage.run(direct).measured == {"loss": 1.5}
+    assert "could not be removed, what is left there must be removed by hand" in capsys.readouterr().out
+
+
+def test_the_sweep_deletes_every_job_before_it_looks_at_the_store(api, tmp_path, capsys):
+    for name in ("distill-1", "distill-2"):
+        api.add_job(name, labels={RUN_LABEL: "mine"}, annotations={SESSION: "damaged"})
+    sweep.run(SweepConfig(run_id="mine", checkpoints=f"{tmp_path}/mine/checkpoints"))
+    assert not api.jobs()
+    assert "the store of the artifacts cannot be reached as KFP says" in capsys.readouterr().out
+
+
+def test_the_sweep_waits_for_pods_of_a_job_that_is_gone(api, tmp_path, clock):
+    """The launcher deletes the job when the run is terminated; its pods may still write a checkpoint."""
+    api.add_job("distill-1")
+    api.run(MASTER)
+    (pod,) = [thing for (resource, *_), thing in api.objects.items() if resource.plural == "pods"]
+    pod.patch({"metadata": {"labels": {RUN_LABEL: "mine"}}})
+    storage.write_bytes(f"{tmp_path}/mine/checkpoints/key/object", b"data")
+    with pytest.raises(ValueError, match=f"pod {MASTER} is still there after 300 s"):
+        sweep.run(SweepConfig(run_id="mine", checkpoints=f"{tmp_path}/mine/checkpoints"))
+    assert (tmp_path / "mine/checkpoints").exists()
