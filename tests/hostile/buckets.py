@@ -86,7 +86,7 @@ def _pod_case(lab: Lab, checkpoints: str, number: signal.Signals, moment: float)
             return f"then exit code {again.code}: {again.err[-300:]!r}"
         if resumed(again.out) != whole:
             return f"it went on from step {resumed(again.out)}, the bucket had {whole}"
-        return wrong(lab, "distill", place / "output", {"max_steps": STEPS})
+        return wrong(lab, "distill", place / "output", {}, "distilled_longer")
 
     return Case(f"pod: {number.name} after {moment:.2f} s", run)
 
