@@ -26,6 +26,8 @@ from components.distill.config import CHECKPOINT_VARIABLE
 from pipelines.run_folder import CHECKPOINTS, DONE, PROGRAM, TEMPORARY, is_complete, remove_outputs, set_complete, stage_folder
 from pipelines.transcript import copy
 
+FOR_CLUSTERS = ("remove_checkpoints",)  # a local run keeps its checkpoints in its own folder
+
 
 class LocalStages:
     """Runs stages, several at a time in the loop over formats, and stops them.
@@ -82,6 +84,8 @@ class LocalStages:
         folder = Path(outputs["outputFile"]).parents[1]
         if self.stopped_by:
             return 1
+        if stage in FOR_CLUSTERS:
+            return 0
         if is_complete(folder):
             self._say(f"== {stage}: done before, taken as it is")
             return 0
