@@ -85,10 +85,7 @@ def download(place: str, folder: Path) -> None:
     """
     check_place("place", place)
     store = open_store(place)
-    try:
-        sums = parse(store.read(COMPLETE), place)
-    except FileNotFoundError as error:
-        raise ValueError(f"place must be complete, {place} is not complete: it has no {COMPLETE}") from error
+    sums = _uploaded(store, place)
     check_held(store, place, sums)
     _receive(store, place, sums, folder)
 
@@ -113,6 +110,14 @@ def download_artifact(place: str, folder: Path) -> None:
     for name in held:
         check_name(name, place)
     _receive(store, place, held, folder)
+
+
+def _uploaded(store: Store, place: str) -> dict[str, Held]:
+    """What `complete.json` says was uploaded to a place. Raises ValueError if the place is not complete."""
+    try:
+        return parse(store.read(COMPLETE), place)
+    except FileNotFoundError as error:
+        raise ValueError(f"place must be complete, {place} is not complete: it has no {COMPLETE}") from error
 
 
 def _receive(store: Store, place: str, expected: Mapping[str, Held], folder: Path) -> None:
@@ -147,10 +152,9 @@ def check_complete(place: str) -> None:
         ValueError: it is not complete, or an object is missing or differs.
         OSError: the place could not be read, after the library's retries.
     """
-    if not is_complete(place):
-        raise ValueError(f"place must be complete, {place} has no {COMPLETE}")
+    check_place("place", place)
     store = open_store(place)
-    check_held(store, place, parse(store.read(COMPLETE), place))
+    check_held(store, place, _uploaded(store, place))
 
 
 def check_whole(place: str) -> None:
