@@ -235,4 +235,5 @@ def test_a_job_that_fails_fails_the_stage_with_the_end_of_its_log(launch, volume
     assert "No module named 'torch'" in log
     assert re.search(r"^error: job \S+ failed: PyTorchJobFailed: .*backoff limit", log, re.MULTILINE)
     assert launcher.nodes() == {}
-    assert re.search(rf"the last lines of \S+-master-0, \S+-worker-0 are in {volume.place}/job.logs", log)
+    # both nodes or the one that failed first: the other may have been taken away before its container ran
+    assert re.search(rf"the last lines of \S+-(master|worker)-0(, \S+-worker-0)? are in {volume.place}/job.logs", log)
