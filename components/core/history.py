@@ -13,8 +13,9 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict  # what pydantic needs before Python 3.12
 
 from components.core.checkpoint.files import weight_bytes
@@ -26,11 +27,13 @@ HISTORY_FILE = "compression.json"
 REPORT_PAGE, REPORT_SUMMARY = "report.html", "summary.json"  # written by the report stage, uploaded by the publish stage
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "safetensors", "optimum-quanto", "compressed-tensors", "kfp")
 
+StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # it becomes part of a file's name
+
 
 class Step(TypedDict):
     """A record's summary, as JSON."""
 
-    stage: str
+    stage: StageName
     parameters: dict[str, Any]
     measured: NotRequired[dict[str, Any]]
     sparse_integrity_check: NotRequired[dict[str, Any] | None]

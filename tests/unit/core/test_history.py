@@ -96,6 +96,15 @@ def test_a_file_that_is_not_a_record_is_refused(tmp_path):
         StageRecord.load(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("stage", ["x" * 4000, "../../elsewhere", "", "prune\n"])
+def test_a_stage_whose_name_cannot_be_part_of_a_file_name_is_refused(checkpoint, tmp_path, stage):
+    changed = Path(shutil.copytree(checkpoint, tmp_path / "changed"))
+    history = {"format": 1, "source": {"model_id": "m", "revision": None}, "steps": [{"stage": stage, "parameters": {}}]}
+    (changed / HISTORY_FILE).write_text(json.dumps(history))
+    with pytest.raises(ValueError, match=rf"{HISTORY_FILE} must be JSON of its form, steps\.0\.stage: String should match"):
+        read_history(changed)
+
+
 def test_a_perplexity_is_known_only_for_its_own_text():
     measured = {"perplexity": 3.5, "perplexity_text": "this"}
     history = {"steps": [{"measured": {"perplexity": 9.0, "perplexity_text": "that"}}, {"measured": measured}]}
