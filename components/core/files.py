@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from components.core.errors import shown
-from components.core.locks import remove_unused, use
+from components.core.locks import only_user, remove_unused, use
+from components.core.progress import log
 
 NAME_ROOM = 48  # bytes that names of temporary files beside an output may be longer than its own
 PARTIAL = ".partial"
+UNFINISHED = ".unfinished"
 
 
 def check_new(parameter: str, path: str | os.PathLike[str], bytes_needed: int = 0) -> None:
@@ -102,6 +104,47 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def resumable_directory(parameter: str, path: str | os.PathLike[str], key: str) -> Iterator[tuple[Path, Path]]:
+    """Yield a folder that is renamed to `path` if the block succeeds, and one for work on the way there.
+
+    If the process is killed, or fails for a reason that may pass, both are kept, and found again with the same key. What other
+    keys left beside `path` is removed.
+
+    Args:
+        parameter: name of the setting, for the error message.
+        path: the folder to be created.
+        key: a name for all that the result depends on.
+
+    Returns:
+        (the folder that becomes `path`, the folder for work).
+
+    Raises:
+        ValueError: another process is doing the same work.
+    """
+    target = Path(path).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.with_name(f".{target.name}.{key}{UNFINISHED}")
+    if others := [other for other in _beside(target, UNFINISHED) if other != folder]:
+        log(f"{parameter}: what a run with other settings or inputs left unfinished is removed")
+        remove_unused(others)
+    output, work = folder / target.name, folder / "work"
+    with only_user(parameter, folder, f"{parameter} {path}"):
+        try:
+            output.mkdir(exist_ok=True)
+            work.mkdir(exist_ok=True)
+            yield output, work
+            _restore_usual_modes(output)
+            output.rename(target)
+        except ValueError:  # a fault of settings or inputs, which would be the same again
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        except OSError:
+            log(f"{parameter}: what has been finished is kept beside {path}; the same command goes on from there")
+            raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
     """Yield a path to write to before it is renamed to `target`: in a private folder beside it, so on the same disk.
 
@@ -126,11 +169,16 @@ def _scratch(target: Path) -> Iterator[Path]:
 
 def _scratch_folders(target: Path) -> list[Path]:
     """The folders of `_scratch` beside a target, of all processes."""
+    return _beside(target, PARTIAL)
+
+
+def _beside(target: Path, suffix: str) -> list[Path]:
+    """The folders for temporary files with a suffix beside a target, of all processes."""
     try:
         beside = list(target.parent.iterdir())
     except OSError:  # not there yet, or it can be written but not listed
         return []
-    return [path for path in beside if path.name.startswith(f".{target.name}.") and path.suffix == PARTIAL]
+    return [path for path in beside if path.name.startswith(f".{target.name}.") and path.suffix == suffix]
 
 
 def _restore_usual_modes(path: Path) -> None:

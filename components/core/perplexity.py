@@ -36,19 +36,33 @@ def decoder_and_head(model: Any, parameter: str = "the model") -> tuple[nn.Modul
     decoder, head = model.base_model, model.get_output_embeddings()
     if decoder is model or head is None:
         raise ValueError(f"{parameter} must be a causal language model with a head, got {kind}")
-    with readable(f"{parameter} must be a model that transformers can run, {kind} fails"):
-        # several tokens, because a padding token's embedding is zero, and so are its logits, capped or not
-        probe = torch.linspace(0, model.get_input_embeddings().weight.shape[0] - 1, PROBE_TOKENS).long()[None]
-        probe = probe.to(head.weight.device)
-        other = torch.cat([probe[:, :-1], probe[:, :1]], 1)  # with another last token
-        hidden, others = (decoder(input_ids=ids, use_cache=False).last_hidden_state for ids in (probe, other))
-        logits = head(hidden).float()
-        changed = model(input_ids=probe, use_cache=False).logits.float()
+    seen: list[Tensor] = []
+    handle = decoder.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
+    try:
+        with readable(f"{parameter} must be a model that transformers can run, {kind} fails"):
+            ids = probe_ids(model)
+            changed = model(input_ids=ids, use_cache=False).logits.float()
+            if not seen:  # some models call parts of their decoder
+                decoder(input_ids=ids, use_cache=False)
+            hidden = seen[0]
+            logits = head(hidden).float()
+    finally:
+        handle.remove()
     if not torch.allclose(logits, changed, rtol=1e-3, atol=1e-3, equal_nan=True):  # NaN is caught in from_mean_loss
         raise ValueError(f"{parameter} is not supported: {kind} changes its logits after the head (soft cap or scale)")
-    if differ(hidden[:, :-1], others[:, :-1]):
+    if differ(hidden[:1, :-1], hidden[1:, :-1]):
         raise ValueError(f"{parameter} must predict each token from those before it, {kind} looks at later ones")
     return decoder, head
+
+
+def probe_ids(model: Any) -> Tensor:
+    """Ids [2, PROBE_TOKENS] of words from all over the vocabulary, on the model's device; the rows differ in their last token.
+
+    There are several, because a padding token's embedding is zero, and so are its logits, capped or not.
+    """
+    words = model.get_input_embeddings().weight
+    row = torch.linspace(0, words.shape[0] - 1, PROBE_TOKENS).long()
+    return torch.stack([row, torch.cat([row[:-1], row[:1]])]).to(words.device)
 
 
 def differ(one: Tensor, other: Tensor) -> bool:
@@ -65,8 +79,7 @@ def perplexity(model: Any, blocks: Tensor, parameter: str = "the model") -> floa
     """
     if blocks.shape[1] < 2:
         raise ValueError(f"eval_seq_len must be at least 2, got {blocks.shape[1]}")
-    losses = block_losses(*decoder_and_head(model, parameter), blocks)
-    return from_mean_loss(float(losses.sum()) / (blocks.shape[0] * (blocks.shape[1] - 1)))
+    return from_losses(block_losses(*decoder_and_head(model, parameter), blocks), blocks)
 
 
 @torch.no_grad()
@@ -83,13 +96,36 @@ def block_losses(decoder: nn.Module, head: nn.Linear, blocks: Tensor) -> Tensor:
     losses = []
     for batch in track(batches, "perplexity", len(batches)):
         ids = batch.to(device)
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)  # [tokens, width]
-        labels = ids[:, 1:].flatten()
-        parts = []
-        for part, part_labels in zip(hidden.split(TOKENS_PER_CHUNK), labels.split(TOKENS_PER_CHUNK), strict=True):
-            parts.append(functional.cross_entropy(head(part).float(), part_labels, reduction="none"))
-        losses.append(torch.cat(parts).view(len(batch), -1).double().sum(1))
+        losses.append(token_losses(decoder(input_ids=ids, use_cache=False).last_hidden_state, head, ids))
     return torch.cat(losses)
+
+
+def token_losses(hidden: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    """Sum of the losses over each row's predicted tokens, float64 [batch].
+
+    Args:
+        hidden: final hidden states [batch, seq_len, width].
+        head: hidden states → logits.
+        ids: token ids [batch, seq_len].
+    """
+    rows, labels = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()  # [tokens, width], [tokens]
+    parts = []
+    for part, part_labels in zip(rows.split(TOKENS_PER_CHUNK), labels.split(TOKENS_PER_CHUNK), strict=True):
+        parts.append(functional.cross_entropy(head(part).float(), part_labels, reduction="none"))
+    return torch.cat(parts).view(len(ids), -1).double().sum(1)
+
+
+def from_losses(losses: Tensor, blocks: Tensor) -> float:
+    """The perplexity for the losses of token blocks.
+
+    Args:
+        losses: sum over each block's predicted tokens, [blocks].
+        blocks: token ids [blocks, seq_len].
+
+    Raises:
+        ValueError: the result is not finite.
+    """
+    return from_mean_loss(float(losses.sum()) / (blocks.shape[0] * (blocks.shape[1] - 1)))
 
 
 def from_mean_loss(mean: float) -> float:

@@ -58,6 +58,11 @@ def id_bytes(ids: Tensor) -> bytes:
     return ids.to(torch.int32).numpy().tobytes()
 
 
+def id_fingerprint(ids: Tensor) -> str:
+    """SHA-256 of token ids and of their shape: the same tokens, cut into other blocks, are another text."""
+    return hashlib.sha256(f"{list(ids.shape)}".encode() + id_bytes(ids)).hexdigest()
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
     """The token ids of a text, with the tokenizer's special tokens, as in GPTQ.
 

@@ -1,6 +1,7 @@
 """Load teacher, student and mask; train; check that pruned weights stayed zero; save."""
 
 import hashlib
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from torch import Tensor
 from components.core.checkpoint.checks import check_checkpoint, check_dense, check_ids, check_seq_len, inspect_checkpoint
 from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.checkpoint.loading import load_model, load_tokenizer
-from components.core.checkpoint.saving import save_checkpoint
 from components.core.device import pick_dtype
 from components.core.files import check_new, new_directory, sample_fingerprint
 from components.core.history import (
@@ -30,6 +30,9 @@ from components.core.mask.prunable import check_mask
 from components.core.models import local_folder
 from components.core.progress import log, log_perplexity
 from components.core.tokens import count_overlaps, id_bytes, load_blocks
+from components.core.walk.measure import measure
+from components.core.walk.rewrite import rewrite
+from components.core.walk.walk import Walk
 from components.distill import launch, resume
 from components.distill.backends import Fsdp, SingleProcess
 from components.distill.cache import teacher_cache
@@ -116,9 +119,9 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
     result.sparse_integrity_check = integrity(weights, mask, config.sparse_check_eps)
     if config.fail_on_sparse_violation:
         enforce(result.sparse_integrity_check)
-    describe(result, progress, config, mask, watch)
+    describe(result, progress, config, mask)
     if backend.rank == 0:
-        write(config, result, history, weights, dtype, tokenizer)
+        write(config, result, history, weights, dtype, tokenizer, evaluation and evaluation.ids, device, watch)
     if trainer.remote:
         trainer.remote.close()
     backend.barrier()
@@ -160,16 +163,13 @@ def training_blocks(config: DistillConfig, tokenizer: Any) -> Tensor:
     return torch.cat([blocks, mixed[:wanted]])
 
 
-def describe(result: StageRecord, progress: Progress, config: DistillConfig, mask: Mask, watch: Stopwatch) -> None:
+def describe(result: StageRecord, progress: Progress, config: DistillConfig, mask: Mask) -> None:
     """Add a run's measurements to its record."""
-    if progress.epochs:
-        result.measured["perplexity"] = (progress.best() if config.keep_best else progress.epochs[-1])["eval_ppl"]
     result.measured |= {
         "sparsity": mask.realised_sparsity(),
         "steps": len(progress.steps),
         "loss_final": progress.steps[-1]["loss"],
         "tokens_per_second": round(progress.tokens_per_second(), 2),
-        **watch.read(),
     }
     result.details |= {"steps": progress.steps, "epochs": progress.epochs}
     if config.tensorboard_dir and launch.is_main():
@@ -183,15 +183,19 @@ def write(
     weights: dict[str, Tensor],
     dtype: torch.dtype,
     tokenizer: Any,
+    evaluation: Tensor | None,
+    device: torch.device,
+    watch: Stopwatch,
 ) -> None:
-    """Write the student with its trained weights, and its record."""
-    model = load_model(config.student_model, dtype, torch.device("cpu"), config.trust_remote_code)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
-    with new_directory(config.output_dir) as scratch:
-        save_checkpoint(model, tokenizer, scratch)
+    """Write the student with its trained weights, and its record with the perplexity of what was written."""
+    trust = config.trust_remote_code
+    walk = Walk("student_model", config.student_model, dtype, torch.device("cpu"), trust)
+    with new_directory(config.output_dir) as scratch, tempfile.TemporaryDirectory(dir=scratch.parent) as place:
+        rewrite(walk, tokenizer, weights, scratch, Path(place))
+        if evaluation is not None:
+            ppl = measure("student_model", scratch, evaluation, dtype, device, Path(place), trust)
+            result.measured["perplexity"] = ppl
+        result.measured |= watch.read()
         write_history(scratch, history, result, config.student_model)
     log(f"distilled in {result.measured['seconds']:.0f} s: {config.output_dir}")
 

@@ -1,15 +1,17 @@
 """Load a checkpoint and measure its perplexity."""
 
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 
 from components.core.checkpoint.checks import check_checkpoint, check_ids, check_seq_len
 from components.core.checkpoint.files import weight_bytes
-from components.core.checkpoint.loading import load_model, load_tokenizer
+from components.core.checkpoint.loading import load_tokenizer
 from components.core.device import pick_device, pick_dtype
 from components.core.history import StageRecord, Stopwatch, versions
-from components.core.perplexity import perplexity
 from components.core.progress import log_perplexity
 from components.core.tokens import load_blocks
+from components.core.walk.measure import measure
 from components.evaluate.config import EvaluateConfig
 
 
@@ -27,9 +29,11 @@ def run(config: EvaluateConfig) -> StageRecord:
     tokenizer = load_tokenizer(config.model_dir, config.trust_remote_code)
     blocks = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
     check_ids("eval_data", blocks.ids, model_config)
-    model = load_model(config.model_dir, pick_dtype(config.dtype, device), device, config.trust_remote_code)
     result = StageRecord("evaluate", asdict(config), versions=versions())
-    result.measured["perplexity"] = perplexity(model, blocks.ids, "model_dir")
+    dtype, trust = pick_dtype(config.dtype, device), config.trust_remote_code
+    with tempfile.TemporaryDirectory() as place:
+        ppl = measure("model_dir", config.model_dir, blocks.ids, dtype, device, Path(place), trust)
+    result.measured["perplexity"] = ppl
     log_perplexity("perplexity", result.measured["perplexity"])
     result.measured |= {
         "perplexity_text": blocks.fingerprint(),

@@ -1,13 +1,13 @@
 """Settings of the prune stage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from components.core.checks import check_above, check_at_least, check_not_empty, check_one_of, parse_pattern
 from components.core.corpus import WIKITEXT2, check_data, check_held_out
 from components.core.files import check_new
 from components.core.models import check_model_id
-from components.core.settings import CalibrationSettings, EvalSettings, ModelSettings
+from components.core.settings import INPUT, OUTPUT, CalibrationSettings, EvalSettings, ModelSettings
 
 METHODS = ("sparsegpt", "magnitude")
 NOT_IN_PIPELINES = {
@@ -49,15 +49,15 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
 class PruneConfig(PruneSettings):
     """Prune the linear layers in a language model's decoder blocks in one shot."""
 
-    dense_model: str
+    dense_model: str = field(metadata=INPUT)
     """The model to prune: a folder with a dense checkpoint, a hub id with optional @revision, or builtin:smollm2-135m."""
-    output_dir: str
+    output_dir: str = field(metadata=OUTPUT)
     """Folder to create for the sparse checkpoint, sparsity_mask.safetensors and prune_stats.json."""
-    mask_file: str = ""
+    mask_file: str = field(default="", metadata=OUTPUT)
     """File outside the output folder to write the mask to; empty = in the output folder."""
-    calibration_data: str = WIKITEXT2
+    calibration_data: str = field(default=WIKITEXT2, metadata=INPUT)
     """Corpus spec or tokens folder for calibration."""
-    eval_data: str = WIKITEXT2
+    eval_data: str = field(default=WIKITEXT2, metadata=INPUT)
     """Corpus spec or tokens folder for perplexity."""
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
-"""The prune stage: calibrate, prune and run each block in turn, then check, measure and save the model."""
+"""The prune stage: check, prune block by block, and write the sparse model with its mask and record."""
 
 import contextlib
-import time
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,24 +11,24 @@ from torch import Tensor, nn
 
 from components.core.blocks import check_blocks, find_blocks, linears, report_dense
 from components.core.checkpoint.checks import check_dense, check_ids, check_seq_len, inspect_checkpoint
-from components.core.checkpoint.files import weight_bytes
-from components.core.checkpoint.loading import load_model, load_tokenizer
-from components.core.checkpoint.saving import save_checkpoint
+from components.core.checkpoint.files import weight_bytes, weight_files
+from components.core.checkpoint.loading import load_tokenizer
+from components.core.checkpoint.saving import finish_checkpoint, part_file
 from components.core.checks import parse_pattern
 from components.core.device import pick_device, pick_dtype
-from components.core.files import check_new, new_directory, new_file
+from components.core.files import check_new, new_file, resumable_directory, sample_fingerprint
 from components.core.history import StageRecord, Stopwatch, versions, write_history
 from components.core.mask.file import MASK_FILE
-from components.core.mask.integrity import enforce, integrity
-from components.core.mask.mask import Mask, pruned_count, save_mask
+from components.core.mask.integrity import combined
+from components.core.mask.mask import join_mask, pruned_count
 from components.core.models import local_folder, source_history
-from components.core.perplexity import perplexity
-from components.core.progress import log, log_perplexity, track
-from components.core.tokens import count_overlaps, load_blocks
-from components.prune.calibration import Batch, advance, capture, check_replay, hessians
+from components.core.progress import log, log_perplexity
+from components.core.settings import INPUT, OUTPUT, names_of
+from components.core.tokens import count_overlaps, id_fingerprint, load_blocks
+from components.core.walk.walk import Walk
+from components.core.walk.work import Work, work_key
+from components.prune.blocks import mask_part, prune_model
 from components.prune.config import PruneConfig
-from components.prune.magnitude import magnitude
-from components.prune.sparsegpt import sparsegpt
 
 
 def run(config: PruneConfig) -> StageRecord:
@@ -62,29 +62,52 @@ def run(config: PruneConfig) -> StageRecord:
         overlapping = count_overlaps("calibration", calibration.ids, config.eval_data, evaluation.ids)
         result.measured["overlapping_eval_blocks"] = overlapping
 
-    model = load_model(folder, pick_dtype(config.dtype, device), device, config.trust_remote_code)
-    if evaluation:
-        result.measured["perplexity_before"] = perplexity(model, evaluation.ids, "dense_model")
-        log_perplexity("before_pruning", result.measured["perplexity_before"])
-    mask, layers = prune_model(model, calibration.ids, config)
-    result.measured |= report_dense(model, mask.tensors)
-    result.sparse_integrity_check = integrity(dict(model.named_parameters()), mask)
-    enforce(result.sparse_integrity_check)
-    if evaluation:
-        result.measured["perplexity"] = perplexity(model, evaluation.ids, "dense_model")
-        result.measured["perplexity_text"] = evaluation.fingerprint()
-        log_perplexity("after_pruning", result.measured["perplexity"])
-    result.measured["sparsity"] = mask.realised_sparsity()
-    result.measured |= watch.read()
-    result.details["layers"] = layers
+    dtype = pick_dtype(config.dtype, device)
+    walk = Walk("dense_model", folder, dtype, device, config.trust_remote_code)
+    ids = [calibration.ids, *([evaluation.ids] if evaluation else [])]
     # the mask outside the folder appears after the folder: if one fails, neither is left
     mask_outside = new_file(config.mask_file) if config.mask_file else contextlib.nullcontext()
-    with mask_outside as mask_file, new_directory(config.output_dir) as scratch:
-        save_checkpoint(model, tokenizer, scratch)
-        write_history(scratch, source_history(config.dense_model, folder), result, folder)
-        save_mask(mask, mask_file or scratch / MASK_FILE)
+    key = work_key(depends_on(config, folder, ids, walk))
+    with mask_outside as mask_file, resumable_directory("output_dir", config.output_dir, key) as (output, place):
+        work = Work(place, "pruning")
+        measured = prune_model(walk, work, calibration.ids, evaluation.ids if evaluation else None, config)
+        if evaluation:
+            log_perplexity("before_pruning", measured["perplexity_before"])
+            log_perplexity("after_pruning", measured["perplexity"])
+            result.measured |= measured | {"perplexity_text": evaluation.fingerprint()}
+        layers = [layer for block in work.results for layer in block["layers"]]
+        shapes = {layer["name"]: layer.pop("shape") for layer in layers}
+        result.details["layers"] = layers
+        result.measured |= report_dense(walk.model, shapes)
+        result.measured["sparsity"] = total_sparsity(layers, shapes)
+        checks = [block["sparse_integrity_check"] for block in work.results]
+        result.sparse_integrity_check = combined(checks, result.measured["sparsity"])
+        parts = [part_file(place, number) for number in range(walk.parts)]
+        finish_checkpoint(walk.model, tokenizer, parts, dtype, output)
+        masks = [mask_part(place, index) for index in range(len(walk.blocks))]
+        join_mask(masks, mask_file or output / MASK_FILE, config.pattern, config.sparsity, shapes)
+        result.measured |= watch.read()
+        write_history(output, source_history(config.dense_model, folder), result, folder)
     log(f"pruned to {result.measured['sparsity']:.4f} sparsity in {result.measured['seconds']:.0f} s: {config.output_dir}")
     return result
+
+
+def depends_on(config: PruneConfig, folder: Path, ids: list[Tensor], walk: Walk) -> dict[str, Any]:
+    """All that the pruned model depends on: work that a killed process left is used again only if none of it has changed."""
+    used = versions()
+    places = names_of(PruneConfig, INPUT, OUTPUT)
+    return {
+        "settings": {name: value for name, value in asdict(config).items() if name not in places},
+        "model": sample_fingerprint([folder / "config.json", *weight_files(folder)]),
+        "text": [id_fingerprint(rows) for rows in ids],
+        "computed": [str(walk.dtype), str(walk.device), torch.get_num_threads(), used["torch"], used["transformers"]],
+    }
+
+
+def total_sparsity(layers: list[dict[str, Any]], shapes: dict[str, list[int]]) -> float:
+    """Share of zeros over all layers."""
+    sizes = [math.prod(shapes[layer["name"]]) for layer in layers]
+    return sum(layer["sparsity"] * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
 
 
 def check_model(config: PruneConfig, folder: Path) -> Any:
@@ -115,74 +138,3 @@ def check_none_empty(config: PruneConfig, name: str, blocks: nn.ModuleList) -> N
                     f"sparsity must leave every matrix a weight, got {config.sparsity}: {name}.{index}.{linear} has "
                     f"{layer.weight.numel()}"
                 )
-
-
-def prune_model(model: Any, ids: Tensor, config: PruneConfig) -> tuple[Mask, list[dict[str, Any]]]:
-    """Prune a model in place.
-
-    Args:
-        model: a causal language model.
-        ids: calibration tokens [nsamples, seq_len].
-        config: the stage's settings.
-
-    Returns:
-        (mask, one entry per linear layer: name, block, linear, sparsity, relative_error, seconds).
-    """
-    name, blocks = find_blocks("dense_model", model)
-    batches = capture(model, blocks, ids)
-    check_replay(model, blocks, batches[0], ids)
-    tensors: dict[str, Tensor] = {}
-    layers: list[dict[str, Any]] = []
-    for index, block in enumerate(track(blocks, "pruning blocks", len(blocks))):
-        prefix = f"{name}.{index}"
-        for layer_name, kept, entry in _prune_block(block, batches, index, prefix, config):
-            tensors[layer_name] = kept
-            layers.append(entry)
-    return Mask(tensors, config.pattern, config.sparsity), layers
-
-
-def _prune_block(
-    block: nn.Module, batches: list[Batch], index: int, prefix: str, config: PruneConfig
-) -> list[tuple[str, Tensor, dict[str, Any]]]:
-    """Prune one block's linear layers and advance the calibration activations through it."""
-    pruned: list[tuple[str, Tensor, dict[str, Any]]] = []
-    n_of_m = parse_pattern(config.pattern)
-    hessian_of = hessians(block, batches, index, prefix)
-    for linear, layer in linears(block).items():
-        start = time.monotonic()
-        hessian = hessian_of[linear]
-        if config.method == "sparsegpt":
-            weight, kept = sparsegpt(
-                layer.weight,
-                hessian,
-                config.sparsity,
-                n_of_m,
-                damping=config.damping,
-                block_size=config.block_size,
-                what=f"{prefix}.{linear}",
-            )
-        else:
-            weight, kept = magnitude(layer.weight, config.sparsity, n_of_m)
-        error = relative_error(layer.weight, weight, hessian)
-        layer.weight.data.copy_(weight)
-        name = f"{prefix}.{linear}.weight"
-        entry = {
-            "name": name,
-            "block": index,
-            "linear": linear,
-            "sparsity": 1 - int(kept.sum()) / kept.numel(),
-            "relative_error": error,
-            "seconds": round(time.monotonic() - start, 4),
-        }
-        pruned.append((name, kept.cpu(), entry))
-    advance(block, batches, index)
-    return pruned
-
-
-@torch.no_grad()
-def relative_error(dense: Tensor, sparse: Tensor, hessian: Tensor) -> float:
-    """‖WX − ŴX‖² / ‖WX‖², computed from the Hessian XXᵀ [in, in]; weights [out, in]."""
-    dense = dense.float()
-    change = sparse - dense
-    moved = torch.einsum("oi,oi->", change @ hessian, change)
-    return float(moved / torch.einsum("oi,oi->", dense @ hessian, dense).clamp_min(torch.finfo(torch.float32).tiny))

@@ -6,7 +6,7 @@ from pathlib import Path
 from components.core.checks import check_not_empty, check_one_of
 from components.core.corpus import WIKITEXT2, check_data
 from components.core.files import check_new
-from components.core.settings import EvalSettings, ModelSettings, Settings
+from components.core.settings import INPUT, OUTPUT, EvalSettings, ModelSettings, Settings
 
 FORMATS = ("int8", "fp8")
 
@@ -35,15 +35,15 @@ class QuantizeSettings(EvalSettings, ModelSettings):
 class QuantizeConfig(QuantizeSettings):
     """Quantize the weights of the linear layers; embeddings and head are not quantized."""
 
-    model_dir: str
+    model_dir: str = field(metadata=INPUT)
     """Folder with the checkpoint to quantize."""
-    output_dir: str
+    output_dir: str = field(metadata=OUTPUT)
     """Folder to create for the quantized checkpoint and quantize_stats.json."""
     format: str = "int8"
     """`int8` or `fp8` (e4m3), both symmetric with one scale per row."""
-    mask_file: str = ""
+    mask_file: str = field(default="", metadata=INPUT)
     """The checkpoint's sparsity mask; without one, the weights that are already zero must stay zero."""
-    eval_data: str = WIKITEXT2
+    eval_data: str = field(default=WIKITEXT2, metadata=INPUT)
     """Corpus spec or tokens folder for perplexity."""
 
     def __post_init__(self) -> None:

@@ -4,10 +4,12 @@ transformers and inference servers can load the result directly. Quantization is
 magnitude over 127), so zeros stay zero.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.compressors import ModelCompressor
+import torch
+from compressed_tensors.compressors import ModelCompressor, unpack_from_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -22,46 +24,42 @@ from components.core.progress import quiet_bars
 from components.core.reading import read_json
 
 NAME = "compressed-tensors"
+ORIGINAL_NAMES = True
 
 
-class Compressed:
-    """A model with quantized weights that can be saved."""
-
-    def __init__(self, model: Any, compressor: ModelCompressor) -> None:
-        self.model, self.compressor = model, compressor
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Write weights and configuration."""
-        self.model.save_pretrained(folder)
-        self.compressor.update_config(folder)
-        config = read_json(folder / "config.json", dict[str, Any])
-        # the library writes an empty entry; vLLM rejects any model that has one
-        config["quantization_config"].pop("sparsity_config", None)
-        write_json(folder / "config.json", config)
-
-
-def quantize(model: Any, format: str, head: str) -> Compressed:
-    """Quantize all linear layers except the head to int8, in place."""
-    assert format == "int8"
+def settings(exclude: list[str]) -> QuantizationConfig:
+    """INT8 for all linear layers except those that are excluded, by names or patterns of the library."""
     args = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    settings = QuantizationConfig(
-        config_groups={"linears": scheme}, ignore=[head], quantization_status=QuantizationStatus.FROZEN
-    )
-    with quiet_bars():
-        apply_quantization_config(model, settings)
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            largest = module.weight.data.abs().amax(1, keepdim=True)  # [out, 1]
-            module.weight_scale.data.copy_((largest / 127).clamp_min(1e-8))
-    compressor = ModelCompressor.from_pretrained_model(model)
-    with quiet_bars():
-        compressor.compress_model(model)
-    return Compressed(model, compressor)
+    return QuantizationConfig(config_groups={"linears": scheme}, ignore=exclude, quantization_status=QuantizationStatus.FROZEN)
 
 
-def stored(module: nn.Module) -> Tensor:
-    """Weight [out, in] of a reloaded linear layer, decompressed on load: integers times a positive scale."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
+def quantize(module: nn.Module, format: str, exclude: list[str]) -> None:
+    """Quantize a module's linear layers in place, except those that are excluded. Its `state_dict` is what is stored."""
+    assert format == "int8"
+    with quiet_bars():
+        apply_quantization_config(module, settings(exclude))
+        for part in module.modules():
+            if hasattr(part, "weight_scale"):
+                largest = part.weight.data.abs().amax(1, keepdim=True)  # [out, 1]
+                part.weight_scale.data.copy_((largest / 127).clamp_min(1e-8))
+        ModelCompressor.from_pretrained_model(module).compress_model(module)
+
+
+def finish(model: Any, format: str, exclude: list[str], folder: Path) -> None:
+    """Add to a checkpoint's folder what tells that it is quantized, and how. Arguments as in `with_quanto.finish`."""
+    assert format == "int8"
+    with quiet_bars():
+        apply_quantization_config(model, settings(exclude))
+        ModelCompressor.from_pretrained_model(model).update_config(folder)
+    config = read_json(folder / "config.json", dict[str, Any])
+    # the library writes an empty entry; vLLM rejects any model that has one
+    config["quantization_config"].pop("sparsity_config", None)
+    write_json(folder / "config.json", config)
+
+
+def stored(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The integers [out, in] of a weight, from the tensors that are stored."""
+    shape = torch.Size(tensors[f"{name}_shape"].tolist())
+    integers: Tensor = unpack_from_int32(tensors[f"{name}_packed"], 8, shape)
+    return integers

@@ -1,14 +1,21 @@
 """INT8 and FP8 weights with optimum-quanto: symmetric, one scale per row, zeros stay zero."""
 
-import functools
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from optimum.quanto import QuantizedModelForCausalLM, qfloat8_e4m3fn, qint8
+from optimum.quanto import freeze, qfloat8_e4m3fn, qint8, quantization_map
+from optimum.quanto import quantize as quantize_modules
 from optimum.quanto.tensor.optimizers import AbsmaxOptimizer
 from torch import Tensor, nn
 
+from components.core.checkpoint.files import QUANTO_FILE
+from components.core.checkpoint.weights import DATA
+from components.core.files import write_json
+
 NAME = "optimum-quanto"
+ORIGINAL_NAMES = False  # its loader looks weights up by the names of the modules
 QTYPES = {"int8": qint8, "fp8": qfloat8_e4m3fn}
 
 
@@ -24,17 +31,28 @@ class NonzeroScale(AbsmaxOptimizer):
         return torch.where(scale == 0, 1, scale)
 
 
-def quantize(model: Any, format: str, head: str) -> Any:
-    """Quantize all linear layers except the head, in place; returns an object with `save_pretrained`."""
-    quantized = QuantizedModelForCausalLM.quantize(model, weights=QTYPES[format], optimizer=NonzeroScale(), exclude=head)
-    # its loader looks weights up by the names of the modules, while transformers would write those of older checkpoints
-    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
-    return quantized
+def quantize(module: nn.Module, format: str, exclude: list[str]) -> None:
+    """Quantize a module's linear layers in place, except those whose names match a pattern in `exclude`.
+
+    Its `state_dict` is what is stored.
+    """
+    quantize_modules(module, weights=QTYPES[format], optimizer=NonzeroScale(), exclude=exclude)
+    freeze(module)
 
 
-def stored(module: nn.Module) -> Tensor:
-    """The quantized data of a reloaded linear layer: int8 or float8 [out, in]."""
-    data = getattr(module.weight, "_data", None)
-    assert isinstance(data, Tensor)
-    assert data.dtype in (torch.int8, torch.float8_e4m3fn)
-    return data
+def finish(model: Any, format: str, exclude: list[str], folder: Path) -> None:
+    """Add to a checkpoint's folder what tells that it is quantized, and how.
+
+    Args:
+        model: the dense model, its parameters on the meta device; it is changed.
+        format: see `quantize`.
+        exclude: see `quantize`.
+        folder: has the configuration of the dense model.
+    """
+    quantize_modules(model, weights=QTYPES[format], exclude=exclude)
+    write_json(folder / QUANTO_FILE, quantization_map(model))
+
+
+def stored(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The integers or float8 [out, in] of a weight, from the tensors that are stored."""
+    return tensors[f"{name}{DATA}"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from components.core.checkpoint.files import QUANTO_FILE, stored_shapes
+from components.core.checkpoint.files import QUANTO_FILE, stored_tensors
 from components.core.errors import readable
 from components.core.history import read_history
 
@@ -48,7 +48,7 @@ def inspect_checkpoint(parameter: str, path: str | Path, trust_remote_code: bool
     for file in folder.iterdir():
         if file.is_file() and not os.access(file, os.R_OK):  # of which libraries would say that it does not exist
             raise PermissionError(errno.EACCES, f"{parameter} holds a file that may not be read", str(file))
-    stored = stored_shapes(folder)
+    stored = stored_tensors(folder)
     if not stored:
         raise ValueError(f"{parameter} must hold safetensors weights (pickled ones are never read), got {path}")
     read_history(folder)
@@ -57,7 +57,7 @@ def inspect_checkpoint(parameter: str, path: str | Path, trust_remote_code: bool
     with _at_most_modules(MODULES_PER_TENSOR * len(stored) + FEW):
         model = empty_model(parameter, config, trust_remote_code)
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    held = sum(math.prod(shape) for shape in stored.values())
+    held = sum(math.prod(tensor.shape) for tensor in stored.values())
     if numbers > held * (NUMBERS_PER_PACKED if is_quantized(folder, config) else NUMBERS_PER_NUMBER):
         raise ValueError(f"{parameter} must have a config.json that fits its {held} numbers, got one for {numbers}: {path}")
     return config, model

@@ -1,6 +1,7 @@
 """Find the weight files of a checkpoint without reading any weights."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import safe_open
 from typing_extensions import TypedDict
@@ -44,14 +45,23 @@ def weight_bytes(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in weight_files(Path(folder)))
 
 
-def stored_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name → shape of all tensors in a checkpoint's weight files.
+class Stored(NamedTuple):
+    """A tensor in a weight file."""
+
+    file: Path
+    shape: list[int]
+    dtype: str  # as safetensors calls it, such as BF16
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Name → where it is, of all tensors in a checkpoint's weight files; only their headers are read.
 
     Raises:
         ValueError: a file is not safetensors.
     """
-    shapes: dict[str, list[int]] = {}
+    found: dict[str, Stored] = {}
     for file in weight_files(folder):
         with readable(f"{file} must be a safetensors file"), safe_open(file, framework="numpy") as opened:
-            shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    return shapes
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            found |= {name: Stored(file, part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+    return found

@@ -1,6 +1,6 @@
 """The invariant: every weight outside the mask is exactly zero, and the mask has the sparsity that was asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,24 @@ def integrity(weights: Mapping[str, Tensor], mask: Mask, eps: float = 0.0) -> di
         "violations": violations,
         "max_abs": largest,
         "eps": eps,
+        "tensors": tensors,
+    }
+
+
+def combined(results: Sequence[dict[str, Any]], sparsity: float) -> dict[str, Any]:
+    """The result for a whole model, from those of its parts.
+
+    Args:
+        results: at least one.
+        sparsity: of the whole mask.
+    """
+    tensors = {name: found for result in results for name, found in result["tensors"].items()}
+    return {
+        "passed": not tensors,
+        "sparsity": sparsity,
+        "violations": sum(result["violations"] for result in results),
+        "max_abs": max(result["max_abs"] for result in results),
+        "eps": results[0]["eps"],
         "tensors": tensors,
     }
 

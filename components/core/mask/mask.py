@@ -6,6 +6,7 @@ lowest bit, the last byte padded with zeros. The file's metadata holds the shape
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +14,10 @@ from typing import Annotated
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from components.core.checkpoint.saving import join, save_tensors
 from components.core.checks import parse_pattern
 from components.core.errors import readable, shown
 from components.core.files import new_file
@@ -32,19 +33,19 @@ class Mask:
     """Which weights are kept.
 
     Attributes:
-        tensors: name of a weight → bool tensor of the weight's shape, True = kept.
+        tensors: name of a weight → bool tensor of the weight's shape, True = kept. Those of a file are read when they are used.
         pattern: `unstructured` or `N:M`.
         sparsity: requested share of zeros; None for a mask in the older format, which does not record it.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     pattern: str = "unstructured"
     sparsity: float | None = None
 
     def realised_sparsity(self) -> float:
         """Share of weights that are not kept, over all masked tensors."""
-        total = sum(mask.numel() for mask in self.tensors.values())
-        return 1 - sum(int(mask.sum()) for mask in self.tensors.values()) / max(total, 1)
+        counts = [(int(mask.sum()), mask.numel()) for mask in self.tensors.values()]
+        return 1 - sum(kept for kept, _ in counts) / max(sum(total for _, total in counts), 1)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and bits."""
@@ -73,17 +74,37 @@ def save_mask(mask: Mask, path: str | Path) -> None:
     Raises:
         OSError: the disk is full or not writable.
     """
-    metadata = {
-        "format": FORMAT,
-        "pattern": mask.pattern,
-        "sparsity": json.dumps(mask.sparsity),
-        "shapes": json.dumps({name: list(tensor.shape) for name, tensor in mask.tensors.items()}),
-    }
     with new_file(path) as scratch:
-        try:
-            save_file({name: _pack(tensor) for name, tensor in mask.tensors.items()}, scratch, metadata)
-        except SafetensorError as error:
-            raise OSError(f"writing the mask to {path} failed: {error}") from error
+        part = scratch.with_name("part")
+        save_mask_part(mask.tensors, part)
+        shapes = {name: list(tensor.shape) for name, tensor in mask.tensors.items()}
+        join_mask([part], scratch, mask.pattern, mask.sparsity, shapes)
+
+
+def save_mask_part(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write the bits of some weights, to be joined with those of others.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    save_tensors({name: _pack(tensor) for name, tensor in tensors.items()}, path)
+
+
+def join_mask(parts: list[Path], path: Path, pattern: str, sparsity: float | None, shapes: Mapping[str, list[int]]) -> None:
+    """Write a mask file from its parts, atomically.
+
+    Args:
+        parts: files that `save_mask_part` wrote.
+        path: the new file.
+        pattern: see `Mask`.
+        sparsity: see `Mask`.
+        shapes: of all masked weights, by name.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    metadata = {"format": FORMAT, "pattern": pattern, "sparsity": json.dumps(sparsity), "shapes": json.dumps(shapes)}
+    join(parts, path, metadata)
 
 
 def load_mask(path: str | Path) -> Mask:
@@ -101,22 +122,44 @@ def load_mask(path: str | Path) -> Mask:
 def _load_packed(file: Path) -> Mask:
     with readable(f"mask_file must be a safetensors file, got {file}"), safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
-        packed = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        packed = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        sizes = {name: (bits.get_dtype(), math.prod(bits.get_shape())) for name, bits in packed.items()}
     if metadata.get("format") != FORMAT:
         raise ValueError(f"mask_file must have format {FORMAT!r} in its metadata, got {shown(metadata.get('format'))}")
     with readable(f"mask_file must have shapes, pattern and sparsity in its metadata, got {file}"):
         shapes, pattern = shapes_of(metadata), metadata["pattern"]
         sparsity: float | None = parse_json(metadata["sparsity"], "its entry 'sparsity'", Sparsity)  # type: ignore[arg-type]
         parse_pattern(pattern)
-    for name in sorted(shapes.keys() ^ packed.keys()):
+    for name in sorted(shapes.keys() ^ sizes.keys()):
         raise ValueError(f"mask_file must hold the tensors of its metadata, {name} is in one of the two only")
-    tensors = {}
     for name, shape in shapes.items():
-        bits = packed[name]
-        if bits.dtype != torch.uint8 or bits.numel() != -(-math.prod(shape) // 8):
-            raise ValueError(f"mask_file must hold one bit for each weight, {name} has {bits.numel()} bytes for {shape}")
-        tensors[name] = _unpack(bits, shape)
-    return Mask(tensors, pattern, sparsity)
+        kind, count = sizes[name]
+        if kind != "U8" or count != -(-math.prod(shape) // 8):
+            raise ValueError(f"mask_file must hold one bit for each weight, {name} has {count} of {kind} for {shape}")
+    return Mask(PackedTensors(file, shapes), pattern, sparsity)
+
+
+class PackedTensors(Mapping[str, Tensor]):
+    """The bool tensors of a mask file, each read when it is used: of a large model, not all of them fit in memory.
+
+    Args:
+        file: the mask file.
+        shapes: of the tensors, by name.
+    """
+
+    def __init__(self, file: Path, shapes: Mapping[str, list[int]]) -> None:
+        self.file, self.shapes = file, shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        with readable(f"mask_file must be a safetensors file, got {self.file}"), safe_open(self.file, framework="pt") as opened:
+            return _unpack(opened.get_tensor(name), shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def _load_old(file: Path) -> Mask:

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from components.core.checkpoint import saving
 from components.core.checkpoint.checks import check_checkpoint, check_dense, check_seq_len, empty_model
 from components.core.checkpoint.files import INDEX_FILE, QUANTO_FILE, WEIGHTS_FILE, weight_bytes, weight_files
 from components.core.checkpoint.loading import load_model, load_tokenizer
-from components.core.checkpoint.saving import save_checkpoint
 from components.core.mask.file import MASK_FILE
 from components.core.mask.mask import Mask, save_mask
 from tests.conftest import save_tiny, tiny_model, tiny_tokenizer
+from tests.walks import save_again
 
 CPU = torch.device("cpu")
 IDS = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -41,36 +42,42 @@ def logits(model) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
-def test_transformers_loads_what_was_saved_and_computes_the_same(model, tmp_path):
-    save_checkpoint(model, tiny_tokenizer(), tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+@pytest.fixture
+def written(model, tmp_path) -> Path:
+    """A checkpoint as stages write it."""
+    model.save_pretrained(tmp_path / "first")
+    tiny_tokenizer().save_pretrained(tmp_path / "first")
+    save_again(tmp_path / "first", tmp_path / "written")
+    return tmp_path / "written"
+
+
+def test_transformers_loads_what_was_written_and_computes_the_same(model, written):
+    loaded = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)
     assert type(loaded) is type(model)
     assert torch.equal(logits(loaded), logits(model))
-    assert AutoTokenizer.from_pretrained(tmp_path)("a b")["input_ids"] == tiny_tokenizer()("a b")["input_ids"]
+    assert AutoTokenizer.from_pretrained(written)("a b")["input_ids"] == tiny_tokenizer()("a b")["input_ids"]
 
 
-def test_load_model_gives_the_same_in_evaluation_mode(model, tmp_path):
-    save_checkpoint(model, tiny_tokenizer(), tmp_path)
-    loaded = load_model(tmp_path, torch.float32, CPU)
+def test_load_model_gives_the_same_in_evaluation_mode(model, written):
+    loaded = load_model(written, torch.float32, CPU)
     assert not loaded.training
     assert torch.equal(logits(loaded), logits(model))
-    assert load_tokenizer(tmp_path)("a b")["input_ids"] == tiny_tokenizer()("a b")["input_ids"]
+    assert load_tokenizer(written)("a b")["input_ids"] == tiny_tokenizer()("a b")["input_ids"]
 
 
 def test_load_model_in_the_dtype_asked_for(checkpoint):
     assert {weight.dtype for weight in load_model(checkpoint, torch.bfloat16, CPU).parameters()} == {torch.bfloat16}
 
 
-def test_the_index_lists_only_the_weights_though_a_mask_is_beside_them(model, tmp_path):
-    save_mask(Mask({"model.norm.weight": torch.ones(64, dtype=torch.bool)}), tmp_path / MASK_FILE)
-    save_checkpoint(model, tiny_tokenizer(), tmp_path)
-    stored = load_file(tmp_path / WEIGHTS_FILE)
-    index = json.loads((tmp_path / INDEX_FILE).read_text())
+def test_the_index_lists_only_the_weights_though_a_mask_is_beside_them(model, written):
+    save_mask(Mask({"model.norm.weight": torch.ones(64, dtype=torch.bool)}), written / MASK_FILE)
+    stored = load_file(written / WEIGHTS_FILE)
+    index = json.loads((written / INDEX_FILE).read_text())
     assert index["weight_map"] == dict.fromkeys(stored, WEIGHTS_FILE)
     assert index["metadata"]["total_size"] == sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
-    assert weight_files(tmp_path) == [tmp_path / WEIGHTS_FILE]
-    assert weight_bytes(tmp_path) == (tmp_path / WEIGHTS_FILE).stat().st_size
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)), logits(model))
+    assert weight_files(written) == [written / WEIGHTS_FILE]
+    assert weight_bytes(written) == (written / WEIGHTS_FILE).stat().st_size
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)), logits(model))
 
 
 def test_shards_are_found_by_the_index(sharded):
@@ -83,15 +90,17 @@ def test_shards_are_found_by_the_index(sharded):
     assert torch.equal(logits(load_model(sharded, torch.float32, CPU)), logits(tiny_model()))
 
 
-def test_saving_a_model_leaves_an_index_with_shards_as_it_is(sharded, tmp_path):
-    class Saved:
-        """Saves in shards, as transformers does above its maximum file size."""
-
-        def save_pretrained(self, folder):
-            tiny_model().save_pretrained(folder, max_shard_size="200KB")
-
-    save_checkpoint(Saved(), tiny_tokenizer(), tmp_path)
-    assert (tmp_path / INDEX_FILE).read_bytes() == (sharded / INDEX_FILE).read_bytes()
+@pytest.mark.parametrize("limit", [1, 150_000, 250_000])
+def test_large_parts_become_shards_that_transformers_loads(checkpoint, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(saving, "SHARD_BYTES", limit)
+    save_again(checkpoint, tmp_path / "written")
+    shards = weight_files(tmp_path / "written")
+    assert [shard.name for shard in shards] == [
+        f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)
+    ]
+    assert len(shards) == {1: 3, 150_000: 3, 250_000: 2}[limit]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "written", dtype=torch.float32)
+    assert torch.equal(logits(loaded), logits(tiny_model()))
 
 
 def test_a_missing_shard_is_named(sharded, tmp_path):
@@ -224,7 +233,7 @@ def test_a_checkpoint_of_each_kind_round_trips_twice(tmp_path):
     for kind, tied in (("llama", False), ("qwen3", True)):
         first = save_tiny(tmp_path / f"{kind}-first", kind, tied)
         second = tmp_path / f"{kind}-second"
-        save_checkpoint(load_model(first, torch.float32, CPU), load_tokenizer(first), second)
+        save_again(first, second)
         one, two = load_file(first / WEIGHTS_FILE), load_file(second / WEIGHTS_FILE)
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)

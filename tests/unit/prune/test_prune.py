@@ -1,4 +1,4 @@
-"""The walk over the model: structure, recorded calls, Hessians, masks of whole checkpoints."""
+"""Pruning a model: its structure, Hessians, masks of whole checkpoints, and what a killed run goes on from."""
 
 from pathlib import Path
 
@@ -6,15 +6,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
 from components.core.blocks import check_blocks, find_blocks, linears
 from components.core.history import read_history
 from components.core.mask.mask import load_mask, pruned_count
-from components.prune.calibration import advance, batch_size, capture, hessians
+from components.core.walk.work import Work
+from components.prune import blocks, stage
+from components.prune.blocks import part_file, prune_layer, prune_model
+from components.prune.calibration import hessians
 from components.prune.config import PruneConfig
-from components.prune.stage import prune_model, run
-from tests.conftest import SMALL, VOCABULARY, save_tiny
+from components.prune.stage import run
+from tests.conftest import SMALL, VOCABULARY, save_tiny, tiny_model
+from tests.walks import first_batches, walk_of
 
 
 def ids(count: int, seq_len: int) -> torch.Tensor:
@@ -47,26 +51,13 @@ def test_rows_must_divide_into_groups(model):
         check_blocks("dense_model", *find_blocks("dense_model", model), 48)
 
 
-def gemma3(**changes):
-    """A model whose blocks have sliding or full attention, and are called with different masks and positions."""
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(**(SMALL | {"num_hidden_layers": 6, "sliding_window": 8, "sliding_window_pattern": 3} | changes))
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.mark.parametrize("make", [None, gemma3], ids=["llama-qwen3", "sliding-attention"])
-def test_replaying_the_blocks_gives_the_models_own_hidden_states(model, make):
-    model = make() if make else model
-    tokens = ids(6, 24)
-    _, blocks = find_blocks("dense_model", model)
-    batches = capture(model, blocks, tokens)
-    with torch.no_grad():
-        for index, block in enumerate(blocks):
-            advance(block, batches, index)
-        found = model.base_model.norm(torch.cat([batch.hidden for batch in batches]))
-        wanted = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    torch.testing.assert_close(found, wanted)
-    assert "forward" not in vars(blocks[1])  # nothing is left patched
+def prune(model, folder, calibration, **changes):
+    """Prune a model; returns (its new tensors, which weights are kept, an entry for each layer)."""
+    walk, work = walk_of(model, folder / "dense"), Work(folder / "work", "pruning")
+    prune_model(walk, work, calibration, None, settings(**changes))
+    weights = {name: tensor for number in range(3) for name, tensor in load_file(part_file(work.folder, number)).items()}
+    layers = [layer for block in work.results for layer in block["layers"]]
+    return weights, {layer["name"]: weights[layer["name"]] != 0 for layer in layers}, layers
 
 
 def test_hessian_is_that_of_the_inputs_and_shared(model):
@@ -81,7 +72,7 @@ def test_hessian_is_that_of_the_inputs_and_shared(model):
         model(input_ids=tokens)
     for hook in hooks:
         hook.remove()
-    found = hessians(blocks[0], capture(model, blocks, tokens), 0, "block")
+    found = hessians(blocks[0], first_batches(model, tokens), "block")
     for name in linears(blocks[0]):
         rows = seen[name].flatten(0, 1)
         torch.testing.assert_close(found[name], 2 / rows.shape[0] * rows.T @ rows, rtol=1e-4, atol=1e-5)
@@ -90,50 +81,32 @@ def test_hessian_is_that_of_the_inputs_and_shared(model):
     assert len({id(hessian) for hessian in found.values()}) == 4
 
 
-def test_batches_are_equal_and_bounded():
-    assert batch_size(64, 512) == 4
-    assert batch_size(7, 512) == 1
-    assert batch_size(6, 512) == 3
-    assert batch_size(3, 4096) == 1
-
-
 @pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
-def test_each_layer_has_exactly_the_sparsity_and_the_rest_is_untouched(model, method):
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    mask, layers = prune_model(model, ids(4, 16), settings(method=method, sparsity=0.7))
-    assert len(mask.tensors) == 14
+def test_each_layer_has_exactly_the_sparsity_and_the_rest_is_untouched(model, tmp_path, method):
+    weights, kept, layers = prune(model, tmp_path, ids(4, 16), method=method, sparsity=0.7)
+    assert len(kept) == 14
     for name, parameter in model.named_parameters():
-        if name in mask.tensors:
-            assert int((~mask.tensors[name]).sum()) == pruned_count(0.7, parameter.numel())
-            assert (parameter[~mask.tensors[name]] == 0).all()
+        if name in kept:
+            assert int((~kept[name]).sum()) == pruned_count(0.7, parameter.numel())
         else:
-            assert torch.equal(parameter, before[name]), name
-    assert {entry["name"] for entry in layers} == set(mask.tensors)
+            assert torch.equal(weights[name], parameter), name
     assert all(0 < entry["relative_error"] < 1 for entry in layers)
 
 
-def test_pruning_is_deterministic():
-    from tests.conftest import tiny_model
-
-    first, second = tiny_model("qwen3"), tiny_model("qwen3")
-    tokens = ids(4, 16)
-    masks = [prune_model(model, tokens, settings(sparsity=0.6))[0].fingerprint() for model in (first, second)]
-    assert masks[0] == masks[1]
-    for (name, left), right in zip(first.named_parameters(), second.parameters(), strict=True):
-        assert torch.equal(left, right), name
+def test_pruning_is_deterministic(tmp_path):
+    one, other = (prune(tiny_model("qwen3"), tmp_path / name, ids(4, 16), sparsity=0.6)[0] for name in ("one", "other"))
+    assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
 
 
-def test_sparsegpt_beats_magnitude_on_the_models_output():
-    from tests.conftest import tiny_model
-
+def test_sparsegpt_beats_magnitude_on_the_models_output(tmp_path):
     tokens, held_out = ids(32, 32), torch.randint(VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(9))
-    dense = tiny_model("llama")
+    model = tiny_model("llama")
     with torch.no_grad():
-        wanted = dense(input_ids=held_out).logits
+        wanted = model(input_ids=held_out).logits
         errors = {}
         for method in ("sparsegpt", "magnitude"):
-            model = tiny_model("llama")
-            prune_model(model, tokens, settings(method=method, sparsity=0.5))
+            weights, _, _ = prune(tiny_model("llama"), tmp_path / method, tokens, method=method, sparsity=0.5)
+            model.load_state_dict(weights)
             errors[method] = float((model(input_ids=held_out).logits - wanted).square().mean())
     assert errors["sparsegpt"] < errors["magnitude"]
 
@@ -197,19 +170,18 @@ def test_half_precision_weights_stay_exact_zeros(tmp_path, corpus):
 
 def test_experts_that_see_no_token_are_an_error(model):
     _, blocks = find_blocks("dense_model", model)
-    batches = capture(model, blocks, ids(1, 4))
+    batches = first_batches(model, ids(1, 4))
     blocks[0].idle = nn.Linear(64, 64)
     with pytest.raises(ValueError, match="idle saw none"):
-        hessians(blocks[0], batches, 0, "block")
+        hessians(blocks[0], batches, "block")
 
 
-def test_qwen3_has_its_norms_left_alone():
-    model = AutoModelForCausalLM.from_config(Qwen3Config(**SMALL))
-    mask, _ = prune_model(model, ids(2, 8), settings())
-    assert not [name for name in mask.tensors if "norm" in name or "embed" in name or "lm_head" in name]
+def test_qwen3_has_its_norms_left_alone(tmp_path):
+    _, kept, _ = prune(AutoModelForCausalLM.from_config(Qwen3Config(**SMALL)), tmp_path, ids(2, 8))
+    assert not [name for name in kept if "norm" in name or "embed" in name or "lm_head" in name]
 
 
-def test_a_model_that_cannot_be_put_in_place_leaves_no_mask(tmp_path, corpus, monkeypatch):
+def test_a_model_that_cannot_be_put_in_place_leaves_no_mask_and_loses_nothing(tmp_path, corpus, monkeypatch, capsys):
     save_tiny(tmp_path / "dense")
     rename = Path.rename
 
@@ -220,6 +192,55 @@ def test_a_model_that_cannot_be_put_in_place_leaves_no_mask(tmp_path, corpus, mo
 
     monkeypatch.setattr(Path, "rename", fail)
     places = {"dense_model": str(tmp_path / "dense"), "output_dir": str(tmp_path / "pruned"), "calibration_data": str(corpus)}
+    config = settings(**places, mask_file=str(tmp_path / "mask.safetensors"), nsamples=2, seq_len=16, skip_ppl_eval=True)
     with pytest.raises(OSError, match="the disk went away"):
-        run(settings(**places, mask_file=str(tmp_path / "mask.safetensors"), nsamples=2, seq_len=16, skip_ppl_eval=True))
-    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+        run(config)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".unfinished"]
+    assert "finished is kept" in capsys.readouterr().out
+    monkeypatch.undo()
+    run(config)
+    assert "going on after the 2 blocks" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "mask.safetensors", "pruned"]
+
+
+class KilledError(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("moment", range(10))
+def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path, corpus, monkeypatch, moment):
+    """Killed before or after each of the moments when something is written."""
+    save_tiny(tmp_path / "dense")
+    places = {"dense_model": str(tmp_path / "dense"), "calibration_data": str(corpus), "eval_data": str(corpus)}
+    common = places | {"nsamples": 2, "seq_len": 16, "eval_blocks": 2, "eval_seq_len": 16}
+    wanted = run(settings(**common, output_dir=str(tmp_path / "wanted")))
+    pruned: list[str] = []
+    left = [moment]
+
+    def watched(call):
+        def wrapper(*args):
+            if left[0] == 0:
+                raise KilledError
+            result = call(*args)
+            left[0] -= 2
+            if left[0] == -1:
+                raise KilledError
+            return result
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((stage, "finish_checkpoint"), (blocks, "save_tensors"), (Work, "commit")):
+            patch.setattr(owner, name, watched(getattr(owner, name)))
+        patch.setattr(blocks, "prune_layer", lambda *args: pruned.append(args[-1]) or prune_layer(*args))
+        with pytest.raises(KilledError):
+            run(settings(**common, output_dir=str(tmp_path / "out")))
+        left[0] = 1000
+        found = run(settings(**common, output_dir=str(tmp_path / "out")))
+    for name in ("model.safetensors", "sparsity_mask.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "wanted" / name).read_bytes()
+    for measured in ("perplexity_before", "perplexity", "sparsity"):
+        assert found.measured[measured] == wanted.measured[measured]
+    assert found.sparse_integrity_check == wanted.sparse_integrity_check
+    assert len(pruned) <= 14 + 7  # the block during which it was killed is pruned again, no other
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out", "wanted"]

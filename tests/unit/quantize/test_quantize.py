@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
+from optimum.quanto import QuantizedModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from components.core.checkpoint.files import INDEX_FILE, WEIGHTS_FILE
-from components.core.checkpoint.loading import dequantize, load_model
+from components.core.checkpoint.loading import load_model
 from components.core.history import read_history
 from components.core.mask.integrity import SparsityError
 from components.core.mask.mask import Mask, save_mask
@@ -74,16 +75,13 @@ def test_reloads_equal_in_a_fresh_process(sparse, corpus, tmp_path, capsys, form
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8"])
-def test_dequantized_for_a_gpu_it_is_the_same_model(sparse, tmp_path, format):
+def test_loaded_here_it_is_the_model_that_quanto_loads(sparse, tmp_path, format):
     run(QuantizeConfig(model_dir=str(sparse), output_dir=str(tmp_path / "out"), format=format, skip_ppl_eval=True))
-    model = load_model(tmp_path / "out", torch.float32, CPU)
-    ids = torch.arange(32)[None]
-    with torch.no_grad():
-        wanted = model(input_ids=ids).logits
-        dequantize(model)
-        found = model(input_ids=ids).logits
+    model, ids = load_model(tmp_path / "out", torch.float32, CPU), torch.arange(32)[None]
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        wanted = QuantizedModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_int8_works_without_quanto(sparse, corpus, tmp_path, no_quanto):
