@@ -76,7 +76,7 @@ def check_blocks(parameter: str, name: str, blocks: nn.ModuleList, group: int = 
 
     Raises:
         ValueError: a block has a weight matrix outside `nn.Linear` (fused experts, Conv1D), which would silently stay dense,
-            or one that another block has too, or a layer's input width is not a multiple of `group`.
+            or one that another block has too, a layer has no weights, or its input width is not a multiple of `group`.
     """
     owners: dict[int, int] = {}
     for index, block in enumerate(blocks):
@@ -93,6 +93,8 @@ def check_blocks(parameter: str, name: str, blocks: nn.ModuleList, group: int = 
                     f"{parameter} must have blocks with weights of their own; "
                     f"{name}.{index} shares {layer_name} with {name}.{owner}"
                 )
+            if not layer.weight.numel():
+                raise ValueError(f"{parameter} must have weights in all its matrices; {name}.{index}.{layer_name} has none")
             if layer.in_features % group:
                 raise ValueError(
                     f"pattern needs rows that are multiples of {group}; {name}.{index}.{layer_name} has {layer.in_features}"

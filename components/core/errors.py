@@ -9,7 +9,7 @@ LINE = 500  # characters of a line
 VALUE = 120  # characters of a value within it
 SECRETS = re.compile(
     r"hf_[A-Za-z0-9]{10,}"  # a token of the Hugging Face hub
-    r"|(?<=://)[^/\s@'\"]+(?=@)"  # user and password in an address
+    r"|((?<=://)|(?<=:/))[^/\s@'\"]+(?=@)"  # user and password in an address, of which a path keeps one slash
     r"|(?i:(?<=token=)|(?<=key=)|(?<=password=)|(?<=secret=)|(?<=signature=)|(?<=credential=))[^&\s'\"]+"
 )
 

@@ -17,6 +17,7 @@ from components.core.progress import log
 NAME_ROOM = 48  # bytes that names of temporary files beside an output may be longer than its own
 PARTIAL = ".partial"
 UNFINISHED = ".unfinished"
+FINISHED = "finished-*.json"  # in a folder for work: each says that a piece of it is finished
 
 
 def check_new(parameter: str, path: str | os.PathLike[str], bytes_needed: int = 0) -> None:
@@ -107,8 +108,8 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def resumable_directory(parameter: str, path: str | os.PathLike[str], key: str) -> Iterator[tuple[Path, Path]]:
     """Yield a folder that is renamed to `path` if the block succeeds, and one for work on the way there.
 
-    If the process is killed, or fails for a reason that may pass, both are kept, and found again with the same key. What other
-    keys left beside `path` is removed.
+    If the process is killed, or fails for a reason that may pass, both are kept, and found again with the same key, provided that
+    some piece of work is finished. What other keys left beside `path` is removed.
 
     Args:
         parameter: name of the setting, for the error message.
@@ -135,11 +136,12 @@ def resumable_directory(parameter: str, path: str | os.PathLike[str], key: str) 
             yield output, work
             _restore_usual_modes(output)
             output.rename(target)
-        except ValueError:  # a fault of settings or inputs, which would be the same again
+        except BaseException as error:
+            # a ValueError is a fault of settings or inputs, which would be the same again
+            if not isinstance(error, ValueError) and any(work.rglob(FINISHED)):
+                log(f"{parameter}: what has been finished is kept beside {path}; the same command goes on from there")
+                raise
             shutil.rmtree(folder, ignore_errors=True)
-            raise
-        except OSError:
-            log(f"{parameter}: what has been finished is kept beside {path}; the same command goes on from there")
             raise
     shutil.rmtree(folder, ignore_errors=True)
 

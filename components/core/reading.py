@@ -48,8 +48,10 @@ def read_json(path: str | Path, shape: type[T]) -> T:
 def parse_json(text: str | bytes, what: str, shape: type[T]) -> T:
     """Parse JSON. Arguments and errors as for `read_json`; `what` is its name in messages."""
     try:
-        _check_finite(from_json(text, allow_inf_nan=False))
-        value: T = _adapter(shape).validate_json(text, strict=True)  # type: ignore[arg-type]
+        # an argument of a command may hold bytes that are not UTF-8: with them restored, the parser says so
+        data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+        _check_finite(from_json(data, allow_inf_nan=False))
+        value: T = _adapter(shape).validate_json(data, strict=True)  # type: ignore[arg-type]
         return value
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]

@@ -76,8 +76,8 @@ def prune_model(
         walk.check()
     with walk.outside():
         if fresh:
-            with_names = walk.weights.stored_names(parameters_outside(walk.model, walk.blocks))
-            save_tensors(with_names, part_file(work.folder, 0))
+            outside = walk.weights.stored_names(parameters_outside(walk.model, walk.blocks))
+            save_tensors(outside, part_file(work.folder, 0))
         texts = Texts(walk.record(calibration, work.folder, "calibration", fresh))
         if evaluation is not None:
             dense = walk.record(evaluation, work.folder, "dense", fresh)

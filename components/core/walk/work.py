@@ -9,7 +9,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from components.core.files import write_json
+from components.core.files import FINISHED, write_json
 from components.core.progress import log
 from components.core.reading import read_json
 from components.core.walk.activations import Activations
@@ -76,7 +76,7 @@ class Work:
         self.results.append(result)
 
     def _file(self, number: int) -> Path:
-        return self.folder / f"block-{number:05d}.json"
+        return self.folder / FINISHED.replace("*", f"{number:05d}")
 
 
 def checksum(file: Path) -> int:

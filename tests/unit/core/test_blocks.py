@@ -15,6 +15,14 @@ def test_a_block_with_the_weights_of_another_is_refused():
         check_blocks("dense_model", *find_blocks("dense_model", model))
 
 
+def test_a_matrix_without_weights_is_refused():
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj = nn.Linear(0, 4, bias=False)
+    rule = "^dense_model must have weights in all its matrices; model.layers.1.mlp.up_proj has none$"
+    with pytest.raises(ValueError, match=rule):
+        check_blocks("dense_model", *find_blocks("dense_model", model))
+
+
 def test_matrices_that_stay_dense_are_counted_and_named(capsys):
     model = tiny_model()
     names = [name for name, weight in model.named_parameters() if "layers" in name and weight.ndim == 2]

@@ -19,6 +19,7 @@ def test_a_text_becomes_one_line_with_its_ends():
         ("model hf_abcdefghijkl is", "model *** is"),
         ("https://host/x?token=abc&y=1", "https://host/x?token=***&y=1"),
         ("https://me:pass@host/x", "https://***@host/x"),
+        ("https:/me:pass@host/x", "https:/***@host/x"),
         ("s3://b?X-Amz-Signature=abc", "s3://b?X-Amz-Signature=***"),
         ("AWS_SECRET_ACCESS_KEY=abc", "AWS_SECRET_ACCESS_KEY=***"),
         ("owner/model@main", "owner/model@main"),

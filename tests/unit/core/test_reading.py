@@ -41,6 +41,12 @@ def test_json_of_another_shape_is_refused_by_place(content, where):
         parse_json(content, "the file", Point)
 
 
+@pytest.mark.parametrize("text", ["\udcff\udcfe", '{"x": "\udcff"}', "\ud800"])
+def test_an_argument_that_is_not_utf_8_is_refused(text):
+    with pytest.raises(ValueError, match="^inputs must be JSON: "):
+        parse_json(text, "inputs", dict[str, str])
+
+
 def test_numbers_that_json_reads_as_infinite_are_refused():
     assert math.isinf(float("1e999"))
     with pytest.raises(ValueError, match="numbers must be finite, got inf"):
