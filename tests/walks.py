@@ -11,7 +11,8 @@ from torch import Tensor
 from components.core.blocks import find_blocks
 from components.core.checkpoint.loading import load_tokenizer
 from components.core.walk.rewrite import rewrite
-from components.core.walk.walk import Batch, Walk, batches_of
+from components.core.walk.stream import Batch, batches_of
+from components.core.walk.walk import Walk
 
 CPU = torch.device("cpu")
 

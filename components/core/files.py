@@ -108,8 +108,8 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def resumable_directory(parameter: str, path: str | os.PathLike[str], key: str) -> Iterator[tuple[Path, Path]]:
     """Yield a folder that is renamed to `path` if the block succeeds, and one for work on the way there.
 
-    If the process is killed, or fails for a reason that may pass, both are kept, and found again with the same key, provided that
-    some piece of work is finished. What other keys left beside `path` is removed.
+    If some piece of work is finished, and then the process is killed or fails for a reason that may pass, both are kept, and
+    found again with the same key. What other keys left beside `path` is removed.
 
     Args:
         parameter: name of the setting, for the error message.

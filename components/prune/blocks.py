@@ -18,7 +18,8 @@ from components.core.mask.integrity import enforce, integrity
 from components.core.mask.mask import Mask, save_mask_part
 from components.core.perplexity import from_losses
 from components.core.progress import track
-from components.core.walk.walk import Stream, Walk
+from components.core.walk.stream import Stream
+from components.core.walk.walk import Walk
 from components.core.walk.work import Work
 from components.prune.calibration import hessians
 from components.prune.config import PruneConfig

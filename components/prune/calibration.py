@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from components.core.blocks import linears
-from components.core.walk.walk import Batch, run_block
+from components.core.walk.stream import Batch, run_block
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def _run(lab: Lab, stage: str, changes: dict[str, Any], place: Path, limit: int 
         return fault
     if stage == "publish":
         return "the pointer was moved" if (output / "latest.json").exists() else None
-    return leftovers(place, "checkpoints")
+    return leftovers(place, "checkpoints", unfinished=True)
 
 
 KIND = Kind(cases, whole=420, short=20)

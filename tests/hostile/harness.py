@@ -26,6 +26,7 @@ from random import Random
 from typing import Any
 
 from components.core import cli
+from components.core.files import UNFINISHED
 
 LINE = 500  # characters that an error may have
 # within which wrong input must be refused: seconds of the processor, since cases run side by side on machines of any speed, and
@@ -221,9 +222,10 @@ def resources(ended: Ended) -> str | None:
     return None
 
 
-def leftovers(place: Path, *expected: str) -> str | None:
-    """What a folder holds besides what is expected there."""
-    found = sorted(path.name for path in place.iterdir() if path.name not in expected)
+def leftovers(place: Path, *expected: str, unfinished: bool = False) -> str | None:
+    """What a folder holds besides what is expected there; `unfinished` work that the next run goes on with may be."""
+    names = sorted(path.name for path in place.iterdir() if path.name not in expected)
+    found = [name for name in names if not (unfinished and name.startswith(".output.") and name.endswith(UNFINISHED))]
     return f"left behind: {found}" if found else None
 
 

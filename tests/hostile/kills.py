@@ -61,7 +61,7 @@ def _case(lab: Lab, stage: str, changes: dict[str, Any], number: signal.Signals,
         output = place / ("place" if stage == "publish" else "output")
         if output.exists() and stage != "publish" and (fault := wrong(lab, stage, output, changes)):
             return f"a half-written output: {fault}"
-        if ended.code == 128 + number and (fault := leftovers(place, *MAY_STAY)):
+        if ended.code == 128 + number and (fault := leftovers(place, *MAY_STAY, unfinished=True)):
             return fault
         if output.exists() and stage != "publish":
             shutil.rmtree(output)

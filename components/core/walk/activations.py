@@ -33,7 +33,10 @@ class Activations:
         self.checksum = 0
         with file.open("ab") as opened:
             if opened.tell() != shape[0] * self.row_bytes:
-                os.posix_fallocate(opened.fileno(), 0, shape[0] * self.row_bytes)
+                try:
+                    os.posix_fallocate(opened.fileno(), 0, shape[0] * self.row_bytes)
+                except OSError as error:  # which does not name the file
+                    raise OSError(error.errno, error.strerror, str(file)) from error
 
     def read(self, rows: range, device: torch.device) -> Tensor:
         """Some rows' hidden states, [len(rows), seq_len, width].

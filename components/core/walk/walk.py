@@ -12,7 +12,7 @@ right only for blocks that depend on each other by nothing but the hidden states
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,60 +24,13 @@ from components.core.checkpoint.loading import open_model
 from components.core.checkpoint.saving import parameters_outside
 from components.core.checkpoint.weights import unload
 from components.core.errors import one_line
-from components.core.perplexity import TOKENS_PER_FORWARD, decoder_and_head, differ, probe_ids, token_losses
+from components.core.perplexity import decoder_and_head, differ, probe_ids, token_losses
 from components.core.walk.activations import Activations
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with besides the hidden states
+from components.core.walk.stream import Call, Stream, batches_of, first_of, run_block, share
 
 
 class ReplayError(ValueError):
     """A model's blocks cannot be run one by one."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some rows of a text, before one block.
-
-    Attributes:
-        rows: which blocks of tokens.
-        hidden: the block's input, [len(rows), seq_len, width].
-        call: the block's other arguments.
-    """
-
-    rows: range
-    hidden: Tensor
-    call: Call
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Blocks of tokens on their way through the decoder.
-
-    Attributes:
-        ids: the tokens [rows, seq_len].
-        calls: for each batch, what each block is called with.
-        files: two files of hidden states; a block reads from the one and writes to the other.
-    """
-
-    ids: Tensor
-    calls: list[list[Call]]
-    files: tuple[Activations, Activations]
-
-    def batches(self, index: int, device: torch.device) -> Iterator[Batch]:
-        """The input of block `index`, batch by batch."""
-        for rows, calls in zip(batches_of(self.ids), self.calls, strict=True):
-            call = calls[index] if index < len(calls) else ((), {})  # there is none after the last block
-            yield Batch(rows, self.before(index).read(rows, device), call)
-
-    def before(self, index: int) -> Activations:
-        """Hidden states before block `index`."""
-        return self.files[index % 2]
-
-
-def batches_of(ids: Tensor) -> list[range]:
-    """The rows of token blocks [rows, seq_len] that go through a block together."""
-    size = max(1, TOKENS_PER_FORWARD // ids.shape[1])
-    return [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
 
 
 class Walk:
@@ -290,28 +243,3 @@ class Walk:
             ):
                 found.append(token_losses(self._decode(ids), head, ids))
         return torch.cat(found)
-
-
-def run_block(block: nn.Module, batch: Batch) -> Tensor:
-    """Hidden states [len(rows), seq_len, width] that a block gives for a batch."""
-    more, named = batch.call
-    return first_of(block(batch.hidden, *more, **named))
-
-
-def first_of(output: Any) -> Tensor:
-    """The hidden states in what a block returned."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    assert isinstance(hidden, Tensor)
-    return hidden
-
-
-def share(value: Any, reference: Any) -> Any:
-    """`value`, reusing the tensors of `reference` wherever they are equal, so that only one copy is kept."""
-    if isinstance(value, Tensor):
-        same = isinstance(reference, Tensor) and value.shape == reference.shape and torch.equal(value, reference)
-        return reference if same else value
-    if isinstance(value, tuple) and isinstance(reference, tuple) and len(value) == len(reference):
-        return tuple(share(*pair) for pair in zip(value, reference, strict=True))
-    if isinstance(value, dict) and isinstance(reference, dict):
-        return {key: share(item, reference.get(key)) for key, item in value.items()}
-    return value

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from components.core.perplexity import perplexity
 from components.core.walk.activations import Activations
 from components.core.walk.measure import measure
-from components.core.walk.walk import ReplayError, Walk, batches_of
+from components.core.walk.stream import batches_of
+from components.core.walk.walk import ReplayError, Walk
 from components.core.walk.work import Work, work_key
 from tests.conftest import SMALL, VOCABULARY, save_tiny, tiny_model
 from tests.walks import CPU, InMemory, walk_of

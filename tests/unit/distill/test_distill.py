@@ -192,7 +192,7 @@ def test_a_student_that_is_not_zero_under_its_mask_is_refused(pruned, corpus, tm
 
 def test_the_older_mask_form_works(pruned, corpus, tmp_path):
     old = tmp_path / "sparsity_mask.pt"
-    torch.save(load_mask(pruned / "pruned").tensors, old)
+    torch.save(dict(load_mask(pruned / "pruned").tensors), old)
     record = run(settings(pruned, corpus, tmp_path / "out", mask_file=str(old), max_steps=1, skip_ppl_eval=True))
     assert record.sparse_integrity_check["passed"]
 
