@@ -121,7 +121,7 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
         enforce(result.sparse_integrity_check)
     describe(result, progress, config, mask)
     if backend.rank == 0:
-        write(config, result, history, weights, dtype, tokenizer, evaluation and evaluation.ids, device, watch)
+        write(config, result, history, weights, dtype, tokenizer, evaluation.ids if evaluation else None, device, watch)
     if trainer.remote:
         trainer.remote.close()
     backend.barrier()

@@ -107,7 +107,8 @@ def depends_on(config: PruneConfig, folder: Path, ids: list[Tensor], walk: Walk)
 def total_sparsity(layers: list[dict[str, Any]], shapes: dict[str, list[int]]) -> float:
     """Share of zeros over all layers."""
     sizes = [math.prod(shapes[layer["name"]]) for layer in layers]
-    return sum(layer["sparsity"] * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
+    zeros: int = sum(round(layer["sparsity"] * size) for layer, size in zip(layers, sizes, strict=True))
+    return zeros / sum(sizes)
 
 
 def check_model(config: PruneConfig, folder: Path) -> Any:

@@ -124,7 +124,7 @@ def quantize_model(walk: Walk, work: Work, engine: ModuleType, format: str, mask
             own = {name.removeprefix(prefix): tensor for name, tensor in dense.items()}
             copied.load_state_dict(own, strict=False, assign=True)
             engine.quantize(copied, format, [] if number else [head_name(walk.model), *inside])
-            stored = copied.state_dict() if number else parameters_outside(copied, copied.get_submodule(walk.name))
+            stored = copied.state_dict() if number else parameters_outside(copied, find_blocks("model_dir", copied)[1])
             made = {f"{prefix}{name}": tensor for name, tensor in stored.items()}
             result = write_part(walk, work, engine, dense, made, mask)
         work.commit(result, [part_file(work.folder, number)])
@@ -146,7 +146,7 @@ def write_part(
     """
     names = [name for name in prunable_weights(walk.model) if name in dense and (mask is None or name in mask.tensors)]
     kept = {name: dense[name].cpu() != 0 if mask is None else mask.tensors[name] for name in names}
-    check = integrity({name: engine.stored(made, name) for name in names}, Mask(kept, sparsity=mask and mask.sparsity))
+    check = integrity({name: engine.stored(made, name) for name in names}, Mask(kept, sparsity=mask.sparsity if mask else None))
     enforce(check)
     save_tensors(walk.weights.stored_names(made) if engine.ORIGINAL_NAMES else made, part_file(work.folder, len(work.results)))
     weights = sum(tensor.numel() for tensor in kept.values())

@@ -39,10 +39,11 @@ def quantize(module: nn.Module, format: str, exclude: list[str]) -> None:
     assert format == "int8"
     with quiet_bars():
         apply_quantization_config(module, settings(exclude))
-        for part in module.modules():
-            if hasattr(part, "weight_scale"):
-                largest = part.weight.data.abs().amax(1, keepdim=True)  # [out, 1]
-                part.weight_scale.data.copy_((largest / 127).clamp_min(1e-8))
+        for name, scale in module.named_parameters():
+            if name.endswith("weight_scale"):
+                weight = module.get_parameter(name.removesuffix("_scale"))
+                largest = weight.data.abs().amax(1, keepdim=True)  # [out, 1]
+                scale.data.copy_((largest / 127).clamp_min(1e-8))
         ModelCompressor.from_pretrained_model(module).compress_model(module)
 
 

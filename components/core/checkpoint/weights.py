@@ -139,7 +139,8 @@ class Weights:
 
     def stored_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by the model's names → by the names that checkpoints of this architecture have, converted back if need be."""
-        return revert_weight_conversion(self.model, tensors)
+        names: dict[str, Tensor] = revert_weight_conversion(self.model, tensors)
+        return names
 
 
 def unload(module: nn.Module, keep: Iterable[nn.Module] = ()) -> None:
@@ -187,7 +188,8 @@ class Dequantized:
 
     def __getitem__(self, _: Any) -> Tensor:
         scale: Tensor = self.scale[...]  # [out, 1]
-        return scale * self.data[...].to(scale.dtype)  # [out, in]
+        weight: Tensor = scale * self.data[...].to(scale.dtype)  # [out, in]
+        return weight
 
 
 def _entry(slices: list[Any]) -> Any:

@@ -57,7 +57,7 @@ class Activations:
         Raises:
             OSError: they cannot be written.
         """
-        data = memoryview(hidden.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+        data = hidden.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
         self.checksum = zlib.crc32(data, self.checksum if rows.start else 0)
         with self.file.open("r+b") as opened:
             opened.seek(rows.start * self.row_bytes)
