@@ -68,6 +68,8 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
+        if _stopped_by:  # a library that was being imported has turned `SystemExit` into an error of its own
+            raise SystemExit(128 + _stopped_by[0]) from error
         fail(error)
 
 
@@ -78,8 +80,12 @@ def stop_at_sigterm() -> None:
         sys.unraisablehook = _stop_after_all
 
 
+_stopped_by: list[int] = []  # the signal that has asked this process to end
+
+
 def _stop(number: int, _: object) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second SIGTERM must not interrupt the clean-up
+    _stopped_by.append(number)
     raise SystemExit(128 + number)
 
 

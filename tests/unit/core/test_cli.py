@@ -40,6 +40,29 @@ def test_a_stage_that_is_stopped_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+LOST = """
+import os, signal, types, sys
+from components.core import cli
+from components.fetch.config import FetchConfig
+
+def run(config):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    except SystemExit as error:  # as numpy does while it is being imported
+        raise ImportError("initialization failed") from error
+
+sys.modules["lost"] = types.SimpleNamespace(run=run)
+cli.main(FetchConfig, "lost")
+"""
+
+
+def test_a_stage_that_is_stopped_within_an_import_ends_as_stopped(tmp_path):
+    arguments = ["--model_id", "owner/name", "--output_dir", str(tmp_path / "output")]
+    ended = subprocess.run([sys.executable, "-c", LOST, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGTERM, "")
+
+
 SLOW_SETTINGS = """
 import dataclasses, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as for the first process of a container
