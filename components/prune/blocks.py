@@ -106,24 +106,27 @@ def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: 
     kept: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     hessian_of = hessians(block, texts.calibration.batches(index, walk.device), prefix)
-    for linear, layer in linears(block).items():
+    layer_of = linears(block)
+    for names in sharing(hessian_of):
         start = time.monotonic()
-        name = f"{prefix}.{linear}.weight"
-        weight, mask = prune_layer(layer.weight, hessian_of[linear], config, f"{prefix}.{linear}")
-        error = relative_error(layer.weight, weight, hessian_of[linear])
-        layer.weight.data.copy_(weight)
-        kept[name] = mask.cpu()
-        layers.append(
-            {
-                "name": name,
-                "block": index,
-                "linear": linear,
-                "shape": list(mask.shape),
-                "sparsity": 1 - int(mask.sum()) / mask.numel(),
-                "relative_error": error,
-                "seconds": round(time.monotonic() - start, 4),
-            }
-        )
+        hessian, dense = hessian_of[names[0]], [layer_of[name].weight for name in names]
+        found = prune_layers(dense, hessian, config, ", ".join(f"{prefix}.{name}" for name in names))
+        errors = [relative_error(weight, new, hessian) for weight, (new, _) in zip(dense, found, strict=True)]
+        seconds = round((time.monotonic() - start) / len(names), 4)
+        for linear, (weight, mask), error in zip(names, found, errors, strict=True):
+            layer_of[linear].weight.data.copy_(weight)
+            kept[f"{prefix}.{linear}.weight"] = mask.cpu()
+            layers.append(
+                {
+                    "name": f"{prefix}.{linear}.weight",
+                    "block": index,
+                    "linear": linear,
+                    "shape": list(mask.shape),
+                    "sparsity": 1 - int(mask.sum()) / mask.numel(),
+                    "relative_error": error,
+                    "seconds": seconds,
+                }
+            )
     state = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
     check = integrity(state, Mask(kept, config.pattern, config.sparsity))
     enforce(check)
@@ -135,12 +138,20 @@ def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: 
     return {"layers": layers, "sparse_integrity_check": check}
 
 
-def prune_layer(weight: Tensor, hessian: Tensor, config: PruneConfig, what: str) -> tuple[Tensor, Tensor]:
-    """Prune a weight [out, in] by the method that is set; returns float32 weights and the bool mask, True = kept."""
+def sharing(hessian_of: dict[str, Tensor]) -> list[list[str]]:
+    """Names of layers, those with the same Hessian together."""
+    groups: dict[int, list[str]] = {}
+    for name, hessian in hessian_of.items():
+        groups.setdefault(id(hessian), []).append(name)
+    return list(groups.values())
+
+
+def prune_layers(weights: list[Tensor], hessian: Tensor, config: PruneConfig, what: str) -> list[tuple[Tensor, Tensor]]:
+    """Prune layers with the same inputs by the method that is set; arguments and result as for `sparsegpt`."""
     n_of_m = parse_pattern(config.pattern)
     if config.method == "magnitude":
-        return magnitude(weight, config.sparsity, n_of_m)
-    return sparsegpt(weight, hessian, config.sparsity, n_of_m, damping=config.damping, block_size=config.block_size, what=what)
+        return [magnitude(weight, config.sparsity, n_of_m) for weight in weights]
+    return sparsegpt(weights, hessian, config.sparsity, n_of_m, damping=config.damping, block_size=config.block_size, what=what)
 
 
 @torch.no_grad()

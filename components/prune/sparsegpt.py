@@ -11,10 +11,14 @@ The mask is chosen for `block_size` columns at a time (algorithm 1), or with an 
 the first of them is reached. Updates within a block of columns are applied immediately, those to later columns in one matrix
 product.
 
+Layers with the same inputs (q, k and v; gate and up) have the same U, so they are pruned in one pass, each with its own mask.
+
 Unlike in the public reference implementation, exactly `pruned_count(sparsity, numel)` weights are removed, even if scores are
 tied, and a Hessian that is not positive definite is damped more strongly, which is logged, or else rejected. All arithmetic is
 float32.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,7 +59,7 @@ def inverse_factor(hessian: Tensor, damping: float, what: str) -> Tensor:
 
 @torch.no_grad()
 def sparsegpt(
-    weight: Tensor,
+    weights: Sequence[Tensor],
     hessian: Tensor,
     sparsity: float,
     n_of_m: tuple[int, int] | None = None,
@@ -63,55 +67,58 @@ def sparsegpt(
     damping: float = 0.01,
     block_size: int = 128,
     what: str = "layer",
-) -> tuple[Tensor, Tensor]:
-    """Prune one linear layer.
+) -> list[tuple[Tensor, Tensor]]:
+    """Prune linear layers that have the same inputs, each to the same sparsity.
 
     Args:
-        weight: [out, in].
-        hessian: float32 [in, in], computed from the layer's inputs.
+        weights: [out, in] each.
+        hessian: float32 [in, in], computed from the layers' inputs.
         sparsity: fraction of weights to remove, in [0, 1).
         n_of_m: keep N of every M consecutive weights in a row, instead of choosing across the whole block of columns.
         damping: see `inverse_factor`.
         block_size: columns whose mask is chosen together; a multiple of M.
-        what: the layer's name, for messages.
+        what: the layers' names, for messages.
 
     Returns:
-        (float32 pruned weight [out, in], bool mask [out, in], True = kept).
+        for each layer (float32 pruned weight [out, in], bool mask [out, in], True = kept).
 
     Raises:
         ValueError: see `inverse_factor`.
     """
-    weight = weight.detach().float().clone()
+    rows = [len(weight) for weight in weights]
+    # transposed, so that a column of the weights is contiguous memory: [in, out of all layers]
+    columns = torch.cat([weight.detach().float() for weight in weights]).T.contiguous()
     hessian = hessian.clone()
-    rows, columns = weight.shape
     dead = hessian.diagonal() == 0  # inputs that are always zero: their weights have no effect
     hessian.diagonal()[dead] = 1
-    weight[:, dead] = 0
+    columns[dead] = 0
     factor = inverse_factor(hessian, damping, what)
-    kept = torch.ones_like(weight, dtype=torch.bool)
-    removed = 0
-    for start in range(0, columns, block_size):
-        end = min(start + block_size, columns)
-        block = weight[:, start:end]  # a view: [rows, block]
+    kept = torch.ones_like(columns, dtype=torch.bool)
+    removed = [0] * len(rows)
+    for start in range(0, len(columns), block_size):
+        end = min(start + block_size, len(columns))
+        block, block_kept = columns[start:end], kept[start:end]  # views: [block, out]
         local = factor[start:end, start:end]  # [block, block]
-        block_kept = kept[:, start:end]
+        scale = local.diagonal()[:, None]  # [block, 1]
         if n_of_m is None:
-            target = pruned_count(sparsity, rows * end)
-            scores = (block / local.diagonal()).square().flatten()
-            lowest = scores.topk(target - removed, largest=False, sorted=False).indices
-            block_kept.copy_(torch.ones_like(scores, dtype=torch.bool).index_fill_(0, lowest, False).view_as(block))
-            removed = target
-        errors = torch.zeros_like(block)
+            scores = (block / scale).square()
+            for number, (part, part_kept) in enumerate(zip(scores.split(rows, 1), block_kept.split(rows, 1), strict=True)):
+                target = pruned_count(sparsity, rows[number] * end)
+                lowest = part.flatten().topk(target - removed[number], largest=False, sorted=False).indices
+                flags = torch.ones(part.numel(), dtype=torch.bool, device=part.device).index_fill_(0, lowest, False)
+                part_kept.copy_(flags.view_as(part))
+                removed[number] = target
+        errors = torch.empty_like(block)
         for column in range(end - start):
             if n_of_m and (start + column) % n_of_m[1] == 0:
                 group = slice(column, column + n_of_m[1])
-                scores = (block[:, group] / local.diagonal()[group]).square()
-                lowest = scores.topk(n_of_m[1] - n_of_m[0], dim=1, largest=False, sorted=False).indices
-                block_kept[:, group] = block_kept[:, group].scatter(1, lowest, False)
-            pruned = torch.where(block_kept[:, column], 0, block[:, column])  # [rows]: the values to remove
-            error = pruned / local[column, column]
-            block[:, column:] -= error[:, None] * local[column, column:]
-            block[:, column].masked_fill_(~block_kept[:, column], 0)  # exactly zero, whatever the rounding
-            errors[:, column] = error
-        weight[:, end:] -= errors @ factor[start:end, end:]
-    return weight, kept
+                scores = (block[group] / scale[group]).square()
+                lowest = scores.topk(n_of_m[1] - n_of_m[0], dim=0, largest=False, sorted=False).indices
+                block_kept[group] = block_kept[group].scatter(0, lowest, False)
+            error = torch.div(block[column], scale[column], out=errors[column])  # [out]: of the values to remove
+            error.masked_fill_(block_kept[column], 0)
+            block[column + 1 :].addr_(local[column, column + 1 :], error, alpha=-1)
+        block.masked_fill_(~block_kept, 0)  # exactly zero, whatever the rounding
+        columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    parts = zip(columns.split(rows, 1), kept.split(rows, 1), strict=True)
+    return [(weight.T.contiguous(), mask.T.contiguous()) for weight, mask in parts]

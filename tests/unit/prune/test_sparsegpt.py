@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from components.core.mask.mask import pruned_count
+from components.prune import sparsegpt as method
 from components.prune.magnitude import magnitude
-from components.prune.sparsegpt import sparsegpt
 
 
 def layer(rows: int, columns: int, seed: int = 0, samples: int = 200):
@@ -14,6 +14,12 @@ def layer(rows: int, columns: int, seed: int = 0, samples: int = 200):
     mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
     inputs = torch.randn(samples, columns, generator=generator, dtype=torch.float64) @ mix
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64), 2 / samples * inputs.T @ inputs
+
+
+def sparsegpt(weight, hessian, *args, **kwargs):
+    """Prune one layer."""
+    (result,) = method.sparsegpt([weight], hessian, *args, **kwargs)
+    return result
 
 
 def literal_sparsegpt(weight, hessian, sparsity, block_size, n_of_m=None, damping=0.01):
@@ -133,3 +139,13 @@ def test_magnitude_keeps_the_largest():
     found, kept = magnitude(weight, 0.5)
     assert kept.tolist() == [[False, True, False, True]]
     assert found.tolist() == [[0.0, -5.0, 0.0, 2.0]]
+
+
+@pytest.mark.parametrize("n_of_m", [None, (2, 4)])
+def test_layers_that_share_their_inputs_are_pruned_as_each_alone(n_of_m):
+    (one, hessian), (other, _) = layer(6, 32), layer(3, 32, seed=1)
+    alone = [sparsegpt(weight.float(), hessian.float(), 0.5, n_of_m, block_size=16) for weight in (one, other)]
+    together = method.sparsegpt([one.float(), other.float()], hessian.float(), 0.5, n_of_m, block_size=16)
+    for (found, kept), (wanted, wanted_kept) in zip(together, alone, strict=True):
+        assert torch.equal(kept, wanted_kept)
+        torch.testing.assert_close(found, wanted)
