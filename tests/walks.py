@@ -10,7 +10,8 @@ from torch import Tensor
 
 from components.core.blocks import find_blocks
 from components.core.checkpoint.loading import load_tokenizer
-from components.core.walk.rewrite import rewrite
+from components.core.checkpoint.saving import finish_checkpoint
+from components.core.walk.rewrite import rewrite_part
 from components.core.walk.stream import Batch, batches_of
 from components.core.walk.walk import Walk
 
@@ -47,5 +48,7 @@ def first_batches(model: Any, ids: Tensor) -> list[Batch]:
 def save_again(folder: Path, target: Path) -> None:
     """Write a checkpoint again, as stages write theirs."""
     target.mkdir(exist_ok=True)
+    walk = Walk("model_dir", folder, torch.float32, CPU)
     with tempfile.TemporaryDirectory(dir=target.parent) as place:
-        rewrite(Walk("model_dir", folder, torch.float32, CPU), load_tokenizer(folder), {}, target, Path(place))
+        parts = [rewrite_part(walk, number, {}, Path(place)) for number in range(walk.parts)]
+        finish_checkpoint(walk.model, load_tokenizer(folder), parts, torch.float32, target)

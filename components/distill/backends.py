@@ -8,7 +8,7 @@ next all-gather would otherwise write old values back.
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +20,12 @@ from torch.distributed.checkpoint import save as save_distributed  # type: ignor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from components.core.blocks import find_blocks
+from components.core.checkpoint.weights import Weights
 from components.core.mask.mask import Mask
 from components.core.perplexity import decoder_and_head
 from components.distill.config import DistillConfig
-from components.distill.masking import mask_gradients, mask_weights, train_only_masked
+from components.distill.masking import mask_gradients, mask_weights
 from components.distill.schedule import BETAS, make_schedule
 
 T = TypeVar("T")
@@ -87,16 +89,35 @@ class SingleProcess:
         """Autocast a forward pass to the compute dtype; weights stay float32."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype is not torch.float32)
 
-    def prepare(self, student: Any, mask: Mask, total_steps: int) -> None:
-        """Freeze and wrap the student, and create the optimizer and the schedule."""
+    def load(self, model: Any, weights: Weights, trained: Collection[str]) -> tuple[nn.Module, nn.Linear]:
+        """Distribute a model that has no weights yet, and load what this process keeps of them.
+
+        Args:
+            model: its parameters are on the meta device.
+            weights: its weights.
+            trained: names of the weights that train; none for a teacher.
+
+        Returns:
+            (decoder, head).
+        """
+        self.shard(model, trained)
+        weights.load(self.device)
+        weights.tie()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        with self.autocast():
+            return decoder_and_head(model, "student_model" if trained else "teacher_model")
+
+    def prepare(self, student: Any, weights: Weights, mask: Mask, total_steps: int) -> None:
+        """Load the student, zero what the mask does not keep, and create the optimizer and the schedule."""
         self.student = student
         self.best: dict[str, Tensor] = {}
-        self.decoder, self.head = decoder_and_head(student, "student_model")
+        self.decoder, self.head = self.load(student, weights, mask.tensors.keys())
         if self.config.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.parameters: dict[str, nn.Parameter] = train_only_masked(student, mask)
-        self.shard()
+        self.parameters = {name: value for name, value in student.named_parameters() if name in mask.tensors}
         self.pruned = {name: self.place(~mask.tensors[name], parameter) for name, parameter in self.parameters.items()}
+        mask_weights(self.parameters, self.pruned)
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=self.config.learning_rate,
@@ -107,8 +128,8 @@ class SingleProcess:
         self.schedule = make_schedule(self.optimizer, self.config.warmup_ratio, total_steps)
         self.engage(student)
 
-    def shard(self) -> None:
-        """Distribute the model; nothing to do for one process."""
+    def shard(self, model: Any, trained: Collection[str]) -> None:
+        """Distribute a model without weights; nothing to do for one process. Arguments as for `load`."""
 
     def engage(self, student: Any) -> None:
         """Pass the model and the optimizer to an engine; nothing to do without one."""
@@ -133,9 +154,10 @@ class SingleProcess:
         mask_weights(self.parameters, self.pruned)
         return finite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """Name → full trained weight, on every process."""
-        return {name: parameter.detach().cpu() for name, parameter in self.parameters.items()}
+    def full(self, name: str) -> Tensor:
+        """A whole trained weight, on every process; every process must call this."""
+        weight: Tensor = self.parameters[name].detach().cpu()
+        return weight
 
     def keep_best(self) -> None:
         """Remember the current trained weights; each process keeps its own part."""
@@ -210,17 +232,17 @@ class SingleProcess:
 
 
 class Fsdp(SingleProcess):
-    """FSDP2: each block's weights, gradients and moments are sharded over all processes.
+    """FSDP2: each block's weights, gradients and moments are sharded over all processes, and so is a teacher.
 
-    Parameters that do not train (embeddings, norms, head) are replicated: they need no gradients, and the loss uses the head
-    outside any forward pass.
+    What does not train of a student, and what lies outside a teacher's blocks (embeddings, norms, head), is replicated: it
+    needs no gradients, and the loss uses the heads outside any forward pass.
     """
 
     def __init__(self, config: DistillConfig, device: torch.device, compute_dtype: torch.dtype) -> None:
         super().__init__(config, device, compute_dtype)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
-    def shard(self) -> None:
+    def shard(self, model: Any, trained: Collection[str]) -> None:
         """Shard block by block, so that blocks are gathered one at a time."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -229,13 +251,15 @@ class Fsdp(SingleProcess):
         reduced = self.compute_dtype if self.compute_dtype is not torch.float32 else None
         # inputs are left to autocast, so that hidden states keep the dtype they have in a single process
         policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        frozen = {parameter for parameter in self.student.parameters() if not parameter.requires_grad}
-        for block in blocks_of(self.student, self.parameters):
-            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+        name, blocks = find_blocks("student_model" if trained else "teacher_model", model)
+        sharded = trained or {f"{name}.{inner}" for inner, _ in blocks.named_parameters()}
+        for outside in sorted(weight for weight in sharded if not weight.startswith(f"{name}.")):
+            raise ValueError(f"mask_file must mask weights in {name} alone for backend fsdp, got {outside}")
+        replicated = {parameter for name, parameter in model.named_parameters() if name not in sharded}
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=replicated)
         # a root without weights of its own lets the blocks share streams and prefetch each other
-        fully_shard(self.decoder, mesh=mesh, mp_policy=policy, ignored_params=frozen)
-        names = set(self.parameters)
-        self.parameters = {name: value for name, value in self.student.named_parameters() if name in names}
+        fully_shard(model.base_model, mesh=mesh, mp_policy=policy, ignored_params=replicated)
 
     def place(self, full: Tensor, parameter: Tensor) -> Tensor:
         """The local shard, split in the same way as the parameter."""
@@ -243,14 +267,12 @@ class Fsdp(SingleProcess):
         shards = distribute_tensor(full.to(self.device), parameter.device_mesh, parameter.placements)
         return shards.to_local()
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """Gather the full weights; every process must call this."""
-        whole = {}
-        for name, parameter in self.parameters.items():
-            assert isinstance(parameter, DTensor)
-            gathered: Tensor = parameter.full_tensor()
-            whole[name] = gathered.detach().cpu()
-        return whole
+    def full(self, name: str) -> Tensor:
+        """Gather a whole trained weight."""
+        parameter = self.parameters[name]
+        assert isinstance(parameter, DTensor)
+        gathered: Tensor = parameter.full_tensor()
+        return gathered.detach().cpu()
 
 
 def training_state(backend: SingleProcess) -> dict[str, Tensor]:
@@ -267,15 +289,3 @@ def training_state(backend: SingleProcess) -> dict[str, Tensor]:
         state[name] = parameter.detach()
         state |= {f"{name}.{kind}": moments[kind] for kind in ("step", "exp_avg", "exp_avg_sq")}
     return state
-
-
-def blocks_of(student: nn.Module, trained: dict[str, nn.Parameter]) -> nn.ModuleList:
-    """The list of decoder blocks: the outermost `nn.ModuleList` that contains every trained weight.
-
-    Raises:
-        ValueError: there is no such list.
-    """
-    for name, module in student.named_modules():
-        if isinstance(module, nn.ModuleList) and all(weight.startswith(f"{name}.") for weight in trained):
-            return module
-    raise ValueError("student_model must have all masked weights in one nn.ModuleList of blocks for backend fsdp")

@@ -7,17 +7,8 @@ unchanged. Masking the weights after each step is therefore redundant and serves
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-
-from components.core.mask.mask import Mask
-
-
-def train_only_masked(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
-    """Freeze all parameters except the masked ones; returns name → parameter of those that train."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in mask.tensors)
-    return {name: parameter for name, parameter in model.named_parameters() if name in mask.tensors}
 
 
 def local(tensor: Tensor) -> Tensor:

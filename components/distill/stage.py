@@ -1,5 +1,6 @@
 """Load teacher, student and mask; train; check that pruned weights stayed zero; save."""
 
+import contextlib
 import hashlib
 import tempfile
 from dataclasses import asdict, replace
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from components.core.checkpoint.checks import check_checkpoint, check_dense, check_ids, check_seq_len, inspect_checkpoint
 from components.core.checkpoint.files import weight_bytes, weight_files
-from components.core.checkpoint.loading import load_model, load_tokenizer
+from components.core.checkpoint.loading import load_tokenizer, open_model
+from components.core.checkpoint.saving import finish_checkpoint
 from components.core.device import pick_dtype
 from components.core.files import check_new, new_directory, sample_fingerprint
 from components.core.history import (
@@ -24,21 +26,21 @@ from components.core.history import (
     versions,
     write_history,
 )
-from components.core.mask.integrity import apply_mask, enforce, integrity
+from components.core.mask.integrity import combined, enforce, integrity
 from components.core.mask.mask import Mask, load_mask
 from components.core.mask.prunable import check_mask
 from components.core.models import local_folder
 from components.core.progress import log, log_perplexity
 from components.core.tokens import count_overlaps, id_bytes, load_blocks
 from components.core.walk.measure import measure
-from components.core.walk.rewrite import rewrite
+from components.core.walk.rewrite import rewrite_part
 from components.core.walk.walk import Walk
 from components.distill import launch, resume
 from components.distill.backends import Fsdp, SingleProcess
 from components.distill.cache import teacher_cache
 from components.distill.config import DistillConfig
 from components.distill.loop import Progress, Trainer, plan
-from components.distill.teacher import Teacher
+from components.distill.teacher import make_teacher
 from components.distill.with_deepspeed import DeepSpeed
 
 BACKENDS = {"none": SingleProcess, "fsdp": Fsdp, "deepspeed": DeepSpeed}
@@ -88,19 +90,18 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
     _, total_steps = plan(len(blocks), config, backend.world_size)
 
     with teacher_cache(config, teacher_folder, blocks, dtype, backend) as cache:
-        student = load_model(config.student_model, torch.float32, device, config.trust_remote_code)
-        torch.manual_seed(config.seed + backend.rank)
         if config.fail_on_sparse_violation:
-            enforce(integrity(dict(student.named_parameters()), mask, config.sparse_check_eps))
-        apply_mask(dict(student.named_parameters()), mask)
+            check_student(config, mask)
+        torch.manual_seed(config.seed + backend.rank)
         inputs = {
             "mask": mask.fingerprint(),
             "training text": text_of(blocks),
             "teacher": sample_fingerprint(weight_files(teacher_folder)),
             "student": sample_fingerprint(weight_files(Path(config.student_model))),
         }
-        teacher = Teacher(load_model(teacher_folder, dtype, device, config.trust_remote_code), blocks, cache)
-        backend.prepare(student, mask, total_steps)
+        teacher = make_teacher(teacher_folder, blocks, cache, backend, dtype, config.trust_remote_code)
+        student, weights = open_model(config.student_model, torch.float32, device, config.trust_remote_code)
+        backend.prepare(student, weights, mask, total_steps)
         trainer = Trainer(backend, teacher, blocks, evaluation.ids if evaluation else None, config, inputs)
         result = StageRecord("distill", asdict(config), versions=versions(), details={"inputs": inputs})
         history = read_history(config.student_model)
@@ -115,13 +116,8 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
             if backend.rank == 0:
                 log_perplexity("finetune_start", result.measured["perplexity_before"])
         progress = trainer.fit()
-    weights = {name: weight.to(dtype) for name, weight in backend.full_weights().items()}
-    result.sparse_integrity_check = integrity(weights, mask, config.sparse_check_eps)
-    if config.fail_on_sparse_violation:
-        enforce(result.sparse_integrity_check)
     describe(result, progress, config, mask)
-    if backend.rank == 0:
-        write(config, result, history, weights, dtype, tokenizer, evaluation.ids if evaluation else None, device, watch)
+    write(config, result, history, backend, mask, tokenizer, evaluation.ids if evaluation else None, watch)
     if trainer.remote:
         trainer.remote.close()
     backend.barrier()
@@ -176,24 +172,62 @@ def describe(result: StageRecord, progress: Progress, config: DistillConfig, mas
         write_tensorboard(config.tensorboard_dir, progress)
 
 
+def check_student(config: DistillConfig, mask: Mask) -> None:
+    """Check the invariant of the student that is given, with one block in memory.
+
+    Raises:
+        SparsityError: it does not hold.
+    """
+    walk = Walk("student_model", config.student_model, torch.float32, torch.device("cpu"), config.trust_remote_code)
+    checks = []
+    for number in range(walk.parts):
+        with walk.part(number) as tensors:
+            if names := tensors.keys() & mask.tensors.keys():
+                checks.append(integrity(tensors, mask.only(sorted(names)), config.sparse_check_eps))
+    enforce(combined(checks, mask.realised_sparsity()))
+
+
 def write(
     config: DistillConfig,
     result: StageRecord,
     history: History,
-    weights: dict[str, Tensor],
-    dtype: torch.dtype,
+    backend: SingleProcess,
+    mask: Mask,
     tokenizer: Any,
     evaluation: Tensor | None,
-    device: torch.device,
     watch: Stopwatch,
 ) -> None:
-    """Write the student with its trained weights, and its record with the perplexity of what was written."""
-    trust = config.trust_remote_code
+    """Write the student with its trained weights, and its record with the perplexity of what was written.
+
+    Every process must call this: the weights of one part after another are gathered on all, and the first process writes them.
+
+    Raises:
+        SparsityError: a weight outside the mask is not zero, and `fail_on_sparse_violation` is set.
+    """
+    dtype, trust, writes = backend.compute_dtype, config.trust_remote_code, backend.rank == 0
     walk = Walk("student_model", config.student_model, dtype, torch.device("cpu"), trust)
-    with new_directory(config.output_dir) as scratch, tempfile.TemporaryDirectory(dir=scratch.parent) as place:
-        rewrite(walk, tokenizer, weights, scratch, Path(place))
+    names_of: dict[int, list[str]] = {number: [] for number in range(walk.parts)}
+    for name in backend.parameters:
+        names_of[walk.part_of(name)].append(name)
+    checks, files = [], []
+    with contextlib.ExitStack() as stack:
+        if writes:
+            scratch = stack.enter_context(new_directory(config.output_dir))
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=scratch.parent)))
+        for number, names in names_of.items():
+            weights = {name: backend.full(name).to(dtype) for name in names}
+            if names:
+                checks.append(integrity(weights, mask.only(names), config.sparse_check_eps))
+            if writes:
+                files.append(rewrite_part(walk, number, weights, place))
+        result.sparse_integrity_check = combined(checks, mask.realised_sparsity())
+        if config.fail_on_sparse_violation:
+            enforce(result.sparse_integrity_check)
+        if not writes:
+            return
+        finish_checkpoint(walk.model, tokenizer, files, dtype, scratch)
         if evaluation is not None:
-            ppl = measure("student_model", scratch, evaluation, dtype, device, Path(place), trust)
+            ppl = measure("student_model", scratch, evaluation, dtype, backend.device, place / "measured", trust)
             result.measured["perplexity"] = ppl
         result.measured |= watch.read()
         write_history(scratch, history, result, config.student_model)

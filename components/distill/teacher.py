@@ -2,42 +2,120 @@
 
 Hidden states give the exact logits but are much smaller: 2 bytes times the width per token, against 4 bytes times the
 vocabulary. With the cache they are rounded to bfloat16 in every epoch, so a run does not depend on what was already cached.
+They are computed before training, by a walk through the teacher, of which only the head takes memory afterwards.
 """
 
-from typing import Any
+import copy
+import os
+import shutil
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from components.core.checkpoint.loading import load_model, open_model
 from components.core.perplexity import decoder_and_head
+from components.core.progress import log, track
+from components.core.walk.walk import ReplayError, Walk
+from components.core.walk.work import Work
+from components.distill.backends import SingleProcess
 from components.distill.cache import Cache
+
+WALK_BYTES = 2 * 10**9  # of hidden states that are on their way at a time, on each of two files
 
 
 class Teacher:
     """The dense model, which provides the hidden states of training blocks.
 
     Args:
-        model: causal language model, in its compute dtype.
         blocks: training tokens [blocks, seq_len].
-        cache: where states are kept, or None to compute them each time.
+        head: hidden states → logits.
+        decoder: ids → hidden states; None if all states are in the cache.
+        cache: the states, or None to compute them each time.
     """
 
-    def __init__(self, model: Any, blocks: Tensor, cache: Cache | None) -> None:
-        self.blocks, self.cache = blocks, cache
-        self.decoder, self.head = decoder_and_head(model, "teacher_model")
-        self.device = self.head.weight.device
+    def __init__(self, blocks: Tensor, head: nn.Linear, decoder: nn.Module | None, cache: Cache | None) -> None:
+        self.blocks, self.head, self.decoder, self.cache = blocks, head, decoder, cache
+        self.device = head.weight.device
 
     @torch.no_grad()
     def hidden(self, rows: Tensor) -> Tensor:
         """Final hidden states [len(rows), seq_len, width] of training blocks, by index."""
-        if self.cache is None:
-            return self._compute(rows)
-        missing = rows[self.cache.known[rows] == 0]
-        if missing.numel():
-            self.cache.states[missing] = self._compute(missing).to(torch.bfloat16).cpu()
-            self.cache.known[missing] = 1
-        return self.cache.states[rows].to(self.device, self.head.weight.dtype)
-
-    def _compute(self, rows: Tensor) -> Tensor:
+        if self.cache is not None:
+            return self.cache.states[rows].to(self.device, self.head.weight.dtype)
+        assert self.decoder is not None
         hidden: Tensor = self.decoder(input_ids=self.blocks[rows].to(self.device), use_cache=False).last_hidden_state
         return hidden
+
+
+def make_teacher(
+    folder: Path, blocks: Tensor, cache: Cache | None, backend: SingleProcess, dtype: torch.dtype, trust_remote_code: bool
+) -> Teacher:
+    """Load the teacher, or compute its states and load its head alone; every process must call this.
+
+    Args:
+        folder: its checkpoint.
+        blocks: training tokens [blocks, seq_len].
+        cache: where its states are to be kept, or None.
+        backend: distributes a teacher that is used in training.
+        dtype: its number format.
+        trust_remote_code: run code that comes with it.
+    """
+    if cache is None:
+        model, weights = open_model(folder, dtype, backend.device, trust_remote_code)
+        decoder, head = backend.load(model, weights, ())
+        return Teacher(blocks, head, decoder, None)
+    head = compute_states(folder, blocks, cache, dtype, backend.device, trust_remote_code)
+    backend.barrier()  # every process of this machine has computed its share
+    return Teacher(blocks, head, None, cache)
+
+
+@torch.no_grad()
+def compute_states(
+    folder: Path, blocks: Tensor, cache: Cache, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> nn.Linear:
+    """Compute this process's share of the teacher's states that are not in the cache; returns the teacher's head.
+
+    Arguments as for `make_teacher`.
+    """
+    processes, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    fits = WALK_BYTES // (cache.states.shape[1:].numel() * dtype.itemsize)
+    size = max(1, min(fits, -(-len(blocks) // processes)))
+    shares = [rows for number, rows in enumerate(torch.arange(len(blocks)).split(size)) if number % processes == rank]
+    missing = [rows for rows in shares if not bool(cache.known[rows].all())]
+    try:
+        walk = Walk("teacher_model", folder, dtype, device, trust_remote_code)
+        if missing:
+            walk.check()
+        for number, rows in enumerate(missing):
+            what = f"teacher's states, part {number + 1} of {len(missing)}"
+            walk_through(walk, blocks, rows, cache, what)
+        with walk.outside():
+            kept: nn.Linear = copy.deepcopy(walk.model.get_output_embeddings())
+            return kept
+    except ReplayError as error:
+        log(f"the whole teacher is loaded: {error}")
+        decoder, head = decoder_and_head(load_model(folder, dtype, device, trust_remote_code), "teacher_model")
+        for row in torch.cat([torch.empty(0, dtype=torch.long), *missing]).split(1):
+            states = decoder(input_ids=blocks[row].to(device), use_cache=False).last_hidden_state
+            cache.states[row] = states.to(torch.bfloat16).cpu()
+            cache.known[row] = 1
+        return head
+
+
+def walk_through(walk: Walk, blocks: Tensor, rows: Tensor, cache: Cache, what: str) -> None:
+    """Compute the states of some training blocks, and put them into the cache."""
+    place = cache.folder / f"walk-{int(rows[0])}-{len(rows)}"
+    work = Work(place, what)
+    done = len(work.results)
+    with walk.outside():
+        stream = walk.record(blocks[rows], place, "hidden", fresh=not done)
+    for index in track(range(done, len(walk.blocks)), what, len(walk.blocks) - done):
+        with walk.block(index):
+            walk.advance(stream, index)
+        work.commit({}, activations=[stream.before(index + 1)])
+    with walk.outside():
+        for part, states in walk.outputs(stream):
+            cache.states[rows[part.start : part.stop]] = states.to(torch.bfloat16).cpu()
+    cache.known[rows] = 1
+    shutil.rmtree(place)

@@ -80,10 +80,3 @@ def enforce(result: dict[str, Any]) -> None:
         f"(largest {result['max_abs']:.3g}), "
         f"in {len(result['tensors'])} tensors, the worst being {name}: {found}"
     )
-
-
-@torch.no_grad()
-def apply_mask(weights: Mapping[str, Tensor], mask: Mask) -> None:
-    """Set every weight outside the mask to zero in place, even if it is NaN or infinite."""
-    for name, kept in mask.tensors.items():
-        weights[name].masked_fill_(~kept.to(weights[name].device), 0)

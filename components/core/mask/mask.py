@@ -6,7 +6,7 @@ lowest bit, the last byte padded with zeros. The file's metadata holds the shape
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -46,6 +46,10 @@ class Mask:
         """Share of weights that are not kept, over all masked tensors."""
         counts = [(int(mask.sum()), mask.numel()) for mask in self.tensors.values()]
         return 1 - sum(kept for kept, _ in counts) / max(sum(total for _, total in counts), 1)
+
+    def only(self, names: Iterable[str]) -> "Mask":
+        """The mask of some of the weights."""
+        return Mask({name: self.tensors[name] for name in names}, self.pattern, self.sparsity)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and bits."""

@@ -93,6 +93,11 @@ class Walk:
         with self.block(number - 1) as block:
             yield {f"{self.name}.{number - 1}.{name}": tensor for name, tensor in block.state_dict().items()}
 
+    def part_of(self, name: str) -> int:
+        """The number of the part that has a weight."""
+        inner = name.removeprefix(f"{self.name}.")
+        return 0 if inner == name else 1 + int(inner.partition(".")[0])
+
     @property
     def parts(self) -> int:
         """Number of parts, see `part`."""
@@ -236,10 +241,19 @@ class Walk:
         """Sum of the losses over each row's predicted tokens, float64 [rows], after the last block."""
         head = self.model.get_output_embeddings()
         found = []
-        for batch in stream.batches(len(self.blocks), self.device):
-            ids = stream.ids[batch.rows.start : batch.rows.stop].to(self.device)
-            with self._instead(
-                lambda _index, original, *args, hidden=batch.hidden, **kwargs: self._formed(hidden, original, args, kwargs)
-            ):
-                found.append(token_losses(self._decode(ids), head, ids))
+        for rows, hidden in self.outputs(stream):
+            found.append(token_losses(hidden, head, stream.ids[rows.start : rows.stop].to(self.device)))
         return torch.cat(found)
+
+    @torch.no_grad()
+    def outputs(self, stream: Stream) -> Iterator[tuple[range, Tensor]]:
+        """The decoder's last hidden states, after the last block: (rows, [len(rows), seq_len, width]) batch by batch."""
+        for batch in stream.batches(len(self.blocks), self.device):
+
+            def unchanged(
+                _: int, original: Callable[..., Any], *args: Any, hidden: Tensor = batch.hidden, **kwargs: Any
+            ) -> Any:
+                return self._formed(hidden, original, args, kwargs)
+
+            with self._instead(unchanged):
+                yield batch.rows, self._decode(stream.ids[batch.rows.start : batch.rows.stop])

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from components.core.mask.file import MASK_FILE, OLD_MASK_FILE
-from components.core.mask.integrity import SparsityError, apply_mask, enforce, integrity
+from components.core.mask.integrity import SparsityError, enforce, integrity
 from components.core.mask.mask import FORMAT, Mask, load_mask, pruned_count, save_mask
 from components.core.mask.prunable import check_fits, weight_shapes
 from tests.conftest import tiny_model
@@ -331,15 +331,3 @@ def test_integrity_finds_a_wrong_sparsity():
     with pytest.raises(SparsityError, match=r"a\.weight: \{'pruned': 12, 'asked_for': 8\}"):
         enforce(found)
     assert integrity({"a.weight": torch.zeros(4, 4)}, Mask(mask.tensors))["passed"]  # no sparsity was requested
-
-
-def test_apply_mask_zeroes_in_place_even_nan_and_infinity():
-    mask = half_mask()
-    weights = {name: torch.ones(4, 4) for name in mask.tensors}
-    weights["a.weight"][0, 1], weights["a.weight"][0, 3] = float("nan"), float("inf")
-    before = weights["a.weight"]
-    apply_mask(weights, mask)
-    assert weights["a.weight"] is before
-    assert torch.equal(weights["a.weight"], mask.tensors["a.weight"].float())
-    assert torch.equal(weights["b.weight"], mask.tensors["b.weight"].float())
-    assert integrity(weights, mask)["passed"]

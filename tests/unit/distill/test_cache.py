@@ -11,8 +11,8 @@ import torch
 from components.distill import cache as module
 from components.distill.cache import STATES, Cache, cache_bytes, remove_caches
 from components.distill.stage import run
-from components.distill.teacher import Teacher
-from tests.conftest import tiny_model
+from components.distill.teacher import compute_states
+from tests.conftest import save_tiny, tiny_model
 from tests.unit.distill.test_distill import pruned, settings  # noqa: F401 (a fixture)
 
 SHAPE = (5, 16, 64)
@@ -58,17 +58,47 @@ def test_a_disk_that_is_too_small_refuses_the_cache_and_keeps_nothing_of_it(smal
     assert list(small_disk.iterdir()) == []
 
 
+def states(folder: Path, blocks: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """What a cache holds after it has been filled."""
+    compute_states(folder / "dense", blocks, cache, torch.float32, torch.device("cpu"), False)
+    assert cache.known.all()
+    assert [path.name for path in cache.folder.iterdir() if path.is_dir()] == []
+    return cache.states.clone()
+
+
+def test_cached_states_are_the_models_own_rounded_once(tmp_path):
+    save_tiny(tmp_path / "dense")
+    blocks = torch.randint(256, SHAPE[:2], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = tiny_model().base_model(input_ids=blocks).last_hidden_state.bfloat16()
+    torch.testing.assert_close(states(tmp_path, blocks, Cache(tmp_path / "cache", SHAPE)), wanted)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_of_a_machine_share_the_work(tmp_path, monkeypatch, processes):
+    save_tiny(tmp_path / "dense")
+    blocks = torch.randint(256, SHAPE[:2], generator=torch.Generator().manual_seed(0))
+    wanted = states(tmp_path, blocks, Cache(tmp_path / "whole", SHAPE))
+    cache, known = Cache(tmp_path / "cache", SHAPE), []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    for rank in range(processes):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        compute_states(tmp_path / "dense", blocks, cache, torch.float32, torch.device("cpu"), False)
+        known.append(int(cache.known.sum()))
+    assert known == {2: [3, 5], 3: [2, 4, 5]}[processes]
+    torch.testing.assert_close(cache.states, wanted)
+
+
 @pytest.mark.parametrize("size", [0, 1, cache_bytes(SHAPE) // 2, cache_bytes(SHAPE) + 1])
 def test_a_cache_of_another_size_is_made_anew(tmp_path, size):
     """Behind the end of a mapped file, every read would kill the process."""
     blocks = torch.randint(256, SHAPE[:2], generator=torch.Generator().manual_seed(0))
-    model = tiny_model("qwen3", tied=True)
-    rows = torch.arange(5)
-    wanted = Teacher(model, blocks, Cache(tmp_path / "cache", SHAPE)).hidden(rows)
+    save_tiny(tmp_path / "dense")
+    wanted = states(tmp_path, blocks, Cache(tmp_path / "cache", SHAPE))
     os.truncate(tmp_path / "cache" / STATES, size)
     cache = Cache(tmp_path / "cache", SHAPE)
     assert not cache.known.any()
-    assert torch.equal(Teacher(model, blocks, cache).hidden(rows), wanted)
+    assert torch.equal(states(tmp_path, blocks, cache), wanted)
 
 
 def test_what_a_killed_run_left_is_used_again_and_room_is_asked_for_only_once(tmp_path, user):
@@ -105,7 +135,7 @@ def test_a_run_removes_the_cache_of_a_killed_run_of_other_settings(pruned, corpu
 
 
 def test_model_and_cache_must_have_room_together_before_any_weights_are_read(pruned, corpus, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("components.distill.stage.load_model", lambda *_: 1 / 0)
+    monkeypatch.setattr("components.core.checkpoint.weights.Weights.load", lambda *_: 1 / 0)
     monkeypatch.setattr(module, "weight_bytes", lambda _: 10**15)
     monkeypatch.setattr(module, "cache_bytes", lambda _: 5 * 10**14)
     with pytest.raises(
@@ -115,7 +145,7 @@ def test_model_and_cache_must_have_room_together_before_any_weights_are_read(pru
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("part", ["load_model", "Teacher", "Trainer"])
+@pytest.mark.parametrize("part", ["open_model", "make_teacher", "Trainer"])
 def test_a_run_that_is_stopped_while_it_loads_leaves_no_cache(pruned, corpus, tmp_path, monkeypatch, part):  # noqa: F811
     def stopped(*_):
         assert len(list(tmp_path.iterdir())) == 1

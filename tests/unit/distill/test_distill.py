@@ -2,12 +2,13 @@
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
+from components.core.checkpoint.loading import open_model
 from components.core.history import read_history
 from components.core.mask.file import MASK_FILE
 from components.core.mask.integrity import SparsityError, integrity
@@ -19,7 +20,7 @@ from components.distill.loop import Trainer, plan
 from components.distill.masking import mask_gradients, mask_weights
 from components.distill.schedule import cosine_with_warmup
 from components.distill.stage import run
-from components.distill.teacher import Teacher
+from components.distill.teacher import make_teacher
 from components.prune.config import PruneConfig
 from components.prune.stage import run as prune
 from tests.conftest import save_tiny
@@ -65,12 +66,14 @@ def settings(folder, corpus, output, **changes) -> DistillConfig:
 
 def trainer(folder, corpus, tmp_path, cache=None, **changes) -> Trainer:
     config = settings(folder, corpus, tmp_path / "out", **changes)
-    student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in (config.student_model, config.teacher_model))
+    cpu = torch.device("cpu")
+    student, weights = open_model(config.student_model, torch.float32, cpu)
     blocks = torch.randint(256, (40, 32), generator=torch.Generator().manual_seed(1))
     mask = load_mask(config.mask_file)
-    backend = SingleProcess(config, torch.device("cpu"), torch.float32)
-    backend.prepare(student, mask, plan(len(blocks), config, 1)[1])
-    return Trainer(backend, Teacher(teacher, blocks, cache), blocks, None, config, {"mask": mask.fingerprint()})
+    backend = SingleProcess(config, cpu, torch.float32)
+    teacher = make_teacher(Path(config.teacher_model), blocks, cache, backend, torch.float32, False)
+    backend.prepare(student, weights, mask, plan(len(blocks), config, 1)[1])
+    return Trainer(backend, teacher, blocks, None, config, {"mask": mask.fingerprint()})
 
 
 def curve(progress):
