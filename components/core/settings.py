@@ -169,8 +169,8 @@ class ModelSettings(CodeSettings):
     """The number format in which a model is loaded."""
 
     dtype: str = "auto"
-    """Number format of the model's weights and activations: float32, float16, bfloat16, or auto, which is float16 on a GPU and
-    float32 on a CPU. Hessians, and weights while they are trained, are always float32."""
+    """Number format of the model's weights and activations: float32, float16, bfloat16, or auto, which is bfloat16 where the
+    device has it, float16 on other GPUs and float32 on a CPU. Hessians, and weights while they are trained, are always float32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

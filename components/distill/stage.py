@@ -84,7 +84,7 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
         evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
         check_ids("eval_data", evaluation.ids, model_config)
         overlapping = count_overlaps("training", blocks, config.eval_data, evaluation.ids)
-    dtype = pick_dtype(config.dtype, device)
+    dtype = pick_dtype(config.dtype, device, config.student_model)
     config = share_global_batch(config, launch.process_count())
     backend = BACKENDS[config.backend](config, device, dtype)
     _, total_steps = plan(len(blocks), config, backend.world_size)

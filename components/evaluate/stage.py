@@ -30,7 +30,7 @@ def run(config: EvaluateConfig) -> StageRecord:
     blocks = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
     check_ids("eval_data", blocks.ids, model_config)
     result = StageRecord("evaluate", asdict(config), versions=versions())
-    dtype, trust = pick_dtype(config.dtype, device), config.trust_remote_code
+    dtype, trust = pick_dtype(config.dtype, device, config.model_dir), config.trust_remote_code
     with tempfile.TemporaryDirectory() as place:
         ppl = measure("model_dir", config.model_dir, blocks.ids, dtype, device, Path(place), trust)
     result.measured["perplexity"] = ppl

@@ -62,7 +62,7 @@ def run(config: PruneConfig) -> StageRecord:
         overlapping = count_overlaps("calibration", calibration.ids, config.eval_data, evaluation.ids)
         result.measured["overlapping_eval_blocks"] = overlapping
 
-    dtype = pick_dtype(config.dtype, device)
+    dtype = pick_dtype(config.dtype, device, folder)
     walk = Walk("dense_model", folder, dtype, device, config.trust_remote_code)
     ids = [calibration.ids, *([evaluation.ids] if evaluation else [])]
     # the mask outside the folder appears after the folder: if one fails, neither is left

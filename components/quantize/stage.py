@@ -58,7 +58,7 @@ def run(config: QuantizeConfig) -> StageRecord:
         evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
         check_ids("eval_data", evaluation.ids, model_config)
 
-    dtype, trust = pick_dtype(config.dtype, device), config.trust_remote_code
+    dtype, trust = pick_dtype(config.dtype, device, config.model_dir), config.trust_remote_code
     # on the CPU: on a GPU, optimum-quanto repacks float8 weights for its own kernels, so their zeros cannot be checked
     walk = Walk("model_dir", config.model_dir, dtype, CPU, trust)
     log(f"quantizing to {config.format} with {engine.NAME}")

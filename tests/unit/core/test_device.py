@@ -1,0 +1,34 @@
+"""Which number format is picked, and that narrowing is told."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from components.core.device import pick_dtype
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_auto_is_the_widest_format_that_is_fast_on_the_device(checkpoint, monkeypatch, has_bfloat16):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bfloat16)
+    assert pick_dtype("auto", CPU, checkpoint) is torch.float32
+    assert pick_dtype("auto", GPU, checkpoint) is (torch.bfloat16 if has_bfloat16 else torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "told"),
+    [
+        (torch.bfloat16, "bfloat16", ""),
+        (torch.bfloat16, "float32", ""),
+        (torch.float16, "float32", ""),
+        (torch.bfloat16, "float16", "dtype float16: weights that are stored as BF16 are rounded to float16\n"),
+        (torch.float16, "bfloat16", "dtype bfloat16: weights that are stored as F16 are rounded to bfloat16\n"),
+        (torch.float32, "bfloat16", "dtype bfloat16: weights that are stored as F32 are rounded to bfloat16\n"),
+        (torch.int8, "float16", ""),
+    ],
+)
+def test_rounding_what_is_stored_is_told(tmp_path, capsys, stored, dtype, told):
+    save_file({"weight": torch.ones(2, dtype=stored)}, tmp_path / "model.safetensors")
+    assert pick_dtype(dtype, CPU, tmp_path) is getattr(torch, dtype)
+    assert capsys.readouterr().out == told
