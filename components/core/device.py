@@ -36,7 +36,6 @@ def pick_dtype(dtype: str, device: torch.device, folder: str | Path) -> torch.dt
     assert isinstance(picked, torch.dtype)
     kinds = {tensor.dtype for tensor in stored_tensors(Path(folder)).values()}
     if rounded := sorted(kind for kind in kinds & HELD_BY.keys() if picked not in HELD_BY[kind]):
-        log(
-            f"dtype {dtype}: weights that are stored as {', '.join(rounded)} are rounded to {str(picked).removeprefix('torch.')}"
-        )
+        name = str(picked).removeprefix("torch.")
+        log(f"dtype {dtype}: weights that are stored as {', '.join(rounded)} are rounded to {name}")
     return picked
