@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from components.core.blocks import find_blocks
-from components.core.checkpoint.weights import Weights
+from components.core.checkpoint.weights import Weights, return_memory
 from components.core.mask.mask import Mask
 from components.core.perplexity import decoder_and_head
 from components.distill.config import DistillConfig
@@ -106,7 +106,9 @@ class SingleProcess:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         with self.autocast():
-            return decoder_and_head(model, "student_model" if trained else "teacher_model")
+            parts = decoder_and_head(model, "student_model" if trained else "teacher_model")
+        return_memory()  # that of gathered blocks
+        return parts
 
     def prepare(self, student: Any, weights: Weights, mask: Mask, total_steps: int) -> None:
         """Load the student, zero what the mask does not keep, and create the optimizer and the schedule."""

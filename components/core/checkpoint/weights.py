@@ -6,6 +6,7 @@ optimum-quanto stores is turned back into plain weights on the way, integers (or
 """
 
 import contextlib
+import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -157,6 +158,14 @@ def unload(module: nn.Module, keep: Iterable[nn.Module] = ()) -> None:
             if value is not None and id(part) not in kept:
                 empty = nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=value.requires_grad)
                 part._parameters[name] = moved.setdefault(id(value), empty)
+    value = None  # the last of them
+    return_memory()
+
+
+def return_memory() -> None:
+    """Give freed memory of tensors on the CPU back to the system, which glibc keeps for itself up to 32 MB a tensor."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def quanto_entries(folder: Path, stored: dict[str, Stored]) -> dict[str, tuple[str, ...]]:
