@@ -105,7 +105,7 @@ class SingleProcess:
         weights.tie()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
-        with self.autocast():
+        with self.autocast() if trained else contextlib.nullcontext():  # a teacher has its number format itself
             parts = decoder_and_head(model, "student_model" if trained else "teacher_model")
         return_memory()  # that of gathered blocks
         return parts

@@ -155,8 +155,7 @@ class Trainer:
         The order depends only on seed and epoch; each step's blocks are divided among the processes without overlap.
         """
         epoch, position = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self.config.seed * 100_003 + epoch)
-        order = torch.randperm(len(self.blocks), generator=generator)
+        order = order_of(len(self.blocks), self.config, epoch)
         size = self.config.batch_size
         here = size * self.config.grad_accum_steps
         start = (position * self.backend.world_size + self.backend.rank) * here
@@ -228,6 +227,20 @@ class Trainer:
             self.backend.keep_best()
         if self.config.patience and epoch - best["epoch"] >= self.config.patience:
             self.progress.stopped_early = True
+
+
+def order_of(blocks: int, config: DistillConfig, epoch: int) -> Tensor:
+    """The order of the training blocks in an epoch, which depends only on seed and epoch."""
+    return torch.randperm(blocks, generator=torch.Generator().manual_seed(config.seed * 100_003 + epoch))
+
+
+def rows_used(blocks: int, config: DistillConfig, world_size: int) -> Tensor:
+    """Which training blocks a run sees, ascending: not all if `max_steps` ends it within its first epoch."""
+    steps, total = plan(blocks, config, world_size)
+    if total >= steps:
+        return torch.arange(blocks)
+    seen = total * config.batch_size * config.grad_accum_steps * world_size
+    return order_of(blocks, config, 0)[:seen].sort().values
 
 
 def plan(blocks: int, config: DistillConfig, world_size: int) -> tuple[int, int]:

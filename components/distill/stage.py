@@ -39,7 +39,7 @@ from components.distill import launch, resume
 from components.distill.backends import Fsdp, SingleProcess
 from components.distill.cache import teacher_cache
 from components.distill.config import DistillConfig
-from components.distill.loop import Progress, Trainer, plan
+from components.distill.loop import Progress, Trainer, plan, rows_used
 from components.distill.teacher import make_teacher
 from components.distill.with_deepspeed import DeepSpeed
 
@@ -99,7 +99,8 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
             "teacher": sample_fingerprint(weight_files(teacher_folder)),
             "student": sample_fingerprint(weight_files(Path(config.student_model))),
         }
-        teacher = make_teacher(teacher_folder, blocks, cache, backend, dtype, config.trust_remote_code)
+        used = rows_used(len(blocks), config, backend.world_size)
+        teacher = make_teacher(teacher_folder, blocks, used, cache, backend, dtype, config.trust_remote_code)
         student, weights = open_model(config.student_model, torch.float32, device, config.trust_remote_code)
         backend.prepare(student, weights, mask, total_steps)
         trainer = Trainer(backend, teacher, blocks, evaluation.ids if evaluation else None, config, inputs)

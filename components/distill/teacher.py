@@ -49,13 +49,20 @@ class Teacher:
 
 
 def make_teacher(
-    folder: Path, blocks: Tensor, cache: Cache | None, backend: SingleProcess, dtype: torch.dtype, trust_remote_code: bool
+    folder: Path,
+    blocks: Tensor,
+    used: Tensor,
+    cache: Cache | None,
+    backend: SingleProcess,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
 ) -> Teacher:
     """Load the teacher, or compute its states and load its head alone; every process must call this.
 
     Args:
         folder: its checkpoint.
         blocks: training tokens [blocks, seq_len].
+        used: which of them the run sees.
         cache: where its states are to be kept, or None.
         backend: distributes a teacher that is used in training.
         dtype: its number format.
@@ -65,14 +72,20 @@ def make_teacher(
         model, weights = open_model(folder, dtype, backend.device, trust_remote_code)
         decoder, head = backend.load(model, weights, ())
         return Teacher(blocks, head, decoder, None)
-    head = compute_states(folder, blocks, cache, dtype, backend.device, trust_remote_code)
+    head = compute_states(folder, blocks, used, cache, dtype, backend.device, trust_remote_code)
     backend.barrier()  # every process of this machine has computed its share
     return Teacher(blocks, head, None, cache)
 
 
 @torch.no_grad()
 def compute_states(
-    folder: Path, blocks: Tensor, cache: Cache, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+    folder: Path,
+    blocks: Tensor,
+    used: Tensor,
+    cache: Cache,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
 ) -> nn.Linear:
     """Compute this process's share of the teacher's states that are not in the cache; returns the teacher's head.
 
@@ -80,8 +93,8 @@ def compute_states(
     """
     processes, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     fits = WALK_BYTES // (cache.states.shape[1:].numel() * dtype.itemsize)
-    size = max(1, min(fits, -(-len(blocks) // processes)))
-    shares = [rows for number, rows in enumerate(torch.arange(len(blocks)).split(size)) if number % processes == rank]
+    size = max(1, min(fits, -(-len(used) // processes)))
+    shares = [rows for number, rows in enumerate(used.split(size)) if number % processes == rank]
     missing = [rows for rows in shares if not bool(cache.known[rows].all())]
     try:
         walk = Walk("teacher_model", folder, dtype, device, trust_remote_code)

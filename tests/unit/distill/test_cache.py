@@ -60,7 +60,7 @@ def test_a_disk_that_is_too_small_refuses_the_cache_and_keeps_nothing_of_it(smal
 
 def states(folder: Path, blocks: torch.Tensor, cache: Cache) -> torch.Tensor:
     """What a cache holds after it has been filled."""
-    compute_states(folder / "dense", blocks, cache, torch.float32, torch.device("cpu"), False)
+    compute_states(folder / "dense", blocks, torch.arange(len(blocks)), cache, torch.float32, torch.device("cpu"), False)
     assert cache.known.all()
     assert [path.name for path in cache.folder.iterdir() if path.is_dir()] == []
     return cache.states.clone()
@@ -83,7 +83,7 @@ def test_processes_of_a_machine_share_the_work(tmp_path, monkeypatch, processes)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     for rank in range(processes):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        compute_states(tmp_path / "dense", blocks, cache, torch.float32, torch.device("cpu"), False)
+        compute_states(tmp_path / "dense", blocks, torch.arange(len(blocks)), cache, torch.float32, torch.device("cpu"), False)
         known.append(int(cache.known.sum()))
     assert known == {2: [3, 5], 3: [2, 4, 5]}[processes]
     torch.testing.assert_close(cache.states, wanted)

@@ -16,7 +16,7 @@ from components.core.mask.mask import load_mask
 from components.distill import backends
 from components.distill.backends import SingleProcess
 from components.distill.config import DistillConfig
-from components.distill.loop import Trainer, plan
+from components.distill.loop import Trainer, plan, rows_used
 from components.distill.masking import mask_gradients, mask_weights
 from components.distill.schedule import cosine_with_warmup
 from components.distill.stage import run
@@ -71,7 +71,8 @@ def trainer(folder, corpus, tmp_path, cache=None, **changes) -> Trainer:
     blocks = torch.randint(256, (40, 32), generator=torch.Generator().manual_seed(1))
     mask = load_mask(config.mask_file)
     backend = SingleProcess(config, cpu, torch.float32)
-    teacher = make_teacher(Path(config.teacher_model), blocks, cache, backend, torch.float32, False)
+    used = rows_used(len(blocks), config, 1)
+    teacher = make_teacher(Path(config.teacher_model), blocks, used, cache, backend, torch.float32, False)
     backend.prepare(student, weights, mask, plan(len(blocks), config, 1)[1])
     return Trainer(backend, teacher, blocks, None, config, {"mask": mask.fingerprint()})
 
