@@ -12,7 +12,9 @@ import datasets
 import torch
 
 from components.core.mask.mask import load_mask
+from components.quantize import stage as quantize_stage
 from components.quantize import with_compressed_tensors
+from components.quantize.config import QuantizeConfig
 from tests.conftest import save_tiny, tiny_model, tiny_tokenizer
 from tests.hostile.harness import Running, flags, free_port
 
@@ -122,9 +124,9 @@ def _more(root: Path) -> None:
     model = tiny_model("qwen3", tied=True)
     model.save_pretrained(root / "sharded", max_shard_size="100KB")
     tiny_tokenizer().save_pretrained(root / "sharded")
-    torch.save(load_mask(root / "pruned").tensors, root / "mask.pt")
-    with_compressed_tensors.quantize(model, "int8", "lm_head").save_pretrained(root / "ct")
-    tiny_tokenizer().save_pretrained(root / "ct")
+    torch.save(dict(load_mask(root / "pruned").tensors), root / "mask.pt")
+    quantize_stage.pick_engine = lambda _: with_compressed_tensors
+    quantize_stage.run(QuantizeConfig(model_dir=str(root / "dense"), output_dir=str(root / "ct"), skip_ppl_eval=True))
     lines = [{"text": (root / "corpus" / "train.txt").read_text()[start : start + 100]} for start in range(0, 3000, 100)]
     (root / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     datasets.Dataset.from_list(lines).to_parquet(root / "train.parquet")

@@ -40,7 +40,8 @@ def open_model(
     config, quantizer = copy.deepcopy(config), None
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method == "compressed-tensors":
-        with readable(f"{path} must have a quantization_config that compressed-tensors can use"):
+        rule = f"{path} must have a quantization_config that compressed-tensors can use"
+        with readable(rule), warnings.catch_warnings(action="ignore"):  # that it is used with `dequantize` set
             quantizer, config, _ = get_hf_quantizer(config, CompressedTensorsConfig(dequantize=True), None, True, {})
     elif method is not None:
         raise ValueError(f"{path} must be dense, or quantized by optimum-quanto or compressed-tensors, got {method}")

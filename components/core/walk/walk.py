@@ -10,6 +10,7 @@ right only for blocks that depend on each other by nothing but the hidden states
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -188,7 +189,8 @@ class Walk:
 
         with self.outside():
             ids = probe_ids(self.model)
-            calls = self._calls(ids)[1]
+            # each block's own copy: an object that they share would carry what other blocks have left in it
+            calls = [copy.deepcopy(call) for call in self._calls(ids)[1]]
             with self._instead(compare):
                 decoder_and_head(self.model, self.parameter)
         if faults:

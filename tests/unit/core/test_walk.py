@@ -145,6 +145,30 @@ def test_a_block_that_cannot_be_run_again_is_refused_in_one_line():
         InMemory(Model(model)).check()
 
 
+class Leaving(Block):
+    """A block that reads what the one before it has left in an object that all are called with."""
+
+    def forward(self, hidden, shift, left):
+        hidden = super().forward(hidden, shift) + left.get("mean", 0.0)
+        left["mean"] = hidden.mean()
+        return hidden
+
+
+def test_blocks_that_leave_something_for_others_in_a_shared_object_are_refused():
+    model = Passing(False)
+    model.layers = nn.ModuleList(Leaving() for _ in range(3))
+
+    def forward(input_ids, use_cache):
+        hidden, left = model.embedding(input_ids), {}
+        for block in model.layers:
+            hidden = block(hidden, shift=torch.tensor(0.5), left=left)
+        return SimpleNamespace(last_hidden_state=hidden)
+
+    model.forward = forward
+    with pytest.raises(ReplayError, match=RULE + "those of Model give other results one by one"):
+        InMemory(Model(model)).check()
+
+
 def test_hidden_states_that_change_between_blocks_are_refused():
     model = Passing(False)
     model.between = 2
