@@ -123,7 +123,7 @@ class NodeLogs:
         except (ValueError, OSError) as error:
             log(f"the last lines of the nodes could not be saved: {error}")
         else:
-            log(f"the last lines of {', '.join(self.nodes)} are in {place}")
+            log(f"the last lines of {', '.join(sorted(self.nodes))} are in {place}")
 
 
 def show(name: str, lines: list[str]) -> None:

@@ -4,6 +4,7 @@ Files are read and written, not mapped: writing to a mapped file on a full disk 
 in the machine's file cache, so that where there is memory, nothing waits for the disk.
 """
 
+import math
 import os
 import zlib
 from pathlib import Path
@@ -13,23 +14,23 @@ from torch import Tensor
 
 
 class Activations:
-    """Hidden states of blocks of tokens, [rows, seq_len, width].
+    """Hidden states of blocks of tokens, [rows, seq_len, width] (or with several streams of a model's own, before the width).
 
     Attributes:
         checksum: CRC-32 of what has been written, from the first row on.
 
     Args:
         file: where they are; its whole space is reserved.
-        shape: rows, seq_len and width.
+        shape: their shape.
         dtype: their number format.
 
     Raises:
         OSError: the disk is too full.
     """
 
-    def __init__(self, file: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    def __init__(self, file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.file, self.shape, self.dtype = file, shape, dtype
-        self.row_bytes = shape[1] * shape[2] * dtype.itemsize
+        self.row_bytes = math.prod(shape[1:]) * dtype.itemsize
         self.checksum = 0
         with file.open("ab") as opened:
             if opened.tell() != shape[0] * self.row_bytes:

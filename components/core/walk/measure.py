@@ -46,12 +46,12 @@ def measure(
             walk.check()
         with walk.outside():
             stream = walk.record(blocks, place, "hidden", fresh=not done)
+        for index in track(range(done, len(walk.blocks)), "perplexity", len(walk.blocks) - done):
+            with walk.block(index):
+                walk.advance(stream, index)
+            work.commit({}, activations=[stream.before(index + 1)])
+        with walk.outside():
+            return from_losses(walk.losses(stream), blocks)
     except ReplayError as error:
         log(f"the whole model is loaded: {error}")
         return perplexity(load_model(folder, dtype, device, trust_remote_code), blocks, parameter)
-    for index in track(range(done, len(walk.blocks)), "perplexity", len(walk.blocks) - done):
-        with walk.block(index):
-            walk.advance(stream, index)
-        work.commit({}, activations=[stream.before(index + 1)])
-    with walk.outside():
-        return from_losses(walk.losses(stream), blocks)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from components.core.blocks import find_blocks
 from components.core.checkpoint.loading import open_model
@@ -32,6 +33,21 @@ from components.core.walk.stream import Call, Stream, batches_of, first_of, run_
 
 class ReplayError(ValueError):
     """A model's blocks cannot be run one by one."""
+
+
+@contextlib.contextmanager
+def replayable(parameter: str) -> Iterator[None]:
+    """Turn what a model's code raises, if its blocks are not called as it expects, into a ReplayError.
+
+    Raises:
+        ReplayError: in place of any error but one of a file or of memory.
+    """
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ReplayError(f"{parameter} must be a model whose blocks can be run one by one: {one_line(error)}") from error
 
 
 class Walk:
@@ -117,7 +133,8 @@ class Walk:
 
     def _decode(self, ids: Tensor) -> Tensor:
         """The last hidden states that the model's decoder gives for ids [batch, seq_len]."""
-        hidden: Tensor = self.model.base_model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        with replayable(self.parameter):
+            hidden: Tensor = self.model.base_model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
         return hidden
 
     @torch.no_grad()
@@ -151,6 +168,9 @@ class Walk:
             self._decode(ids)
         if len(calls) != len(self.blocks):
             raise ReplayError(f"{rule}, {len(calls)} of {len(self.blocks)} were called")
+        handed_on = {id(part) for part in tree_leaves(self._rest) if isinstance(part, Tensor)}
+        if any(id(part) in handed_on for part in tree_leaves(calls)):
+            raise ReplayError(f"{self.parameter} must have blocks that hand on nothing but their hidden states")
         return inputs[0], calls
 
     def _formed(self, hidden: Tensor, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -218,7 +238,7 @@ class Walk:
             hidden, called = self._calls(ids[rows.start : rows.stop], calls[0] if calls else None)
             calls.append(called)
             if not files:
-                shape = (*ids.shape, hidden.shape[2])
+                shape = (len(ids), *hidden.shape[1:])
                 files = [Activations(folder / f"{name}.{parity}", shape, hidden.dtype) for parity in (0, 1)]
             if fresh:
                 files[0].write(rows, hidden)
@@ -236,7 +256,9 @@ class Walk:
     def advance(self, stream: Stream, index: int) -> None:
         """Run a text through block `index`, which must be loaded."""
         for batch in stream.batches(index, self.device):
-            stream.before(index + 1).write(batch.rows, run_block(self.blocks[index], batch))
+            with replayable(self.parameter):
+                hidden = run_block(self.blocks[index], batch)
+            stream.before(index + 1).write(batch.rows, hidden)
 
     @torch.no_grad()
     def losses(self, stream: Stream) -> Tensor:
