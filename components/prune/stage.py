@@ -16,7 +16,7 @@ from components.core.checkpoint.loading import load_tokenizer
 from components.core.checkpoint.saving import finish_checkpoint, part_file
 from components.core.checks import parse_pattern
 from components.core.device import pick_device, pick_dtype
-from components.core.files import check_new, new_file, resumable_directory, sample_fingerprint
+from components.core.files import check_new, check_room, new_file, resumable_directory, sample_fingerprint
 from components.core.history import StageRecord, Stopwatch, versions, write_history
 from components.core.mask.file import MASK_FILE
 from components.core.mask.integrity import combined
@@ -70,6 +70,9 @@ def run(config: PruneConfig) -> StageRecord:
     key = work_key(depends_on(config, folder, ids, walk))
     with mask_outside as mask_file, resumable_directory("output_dir", config.output_dir, key) as (output, place):
         work = Work(place, "pruning")
+        if not work.results:
+            texts = [calibration.ids, *([evaluation.ids] * 2 if evaluation else [])]
+            check_room("output_dir", config.output_dir, walk.disk(texts), ", with the hidden states on their way")
         measured = prune_model(walk, work, calibration.ids, evaluation.ids if evaluation else None, config)
         if evaluation:
             log_perplexity("before_pruning", measured["perplexity_before"])

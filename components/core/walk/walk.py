@@ -12,7 +12,7 @@ right only for blocks that depend on each other by nothing but the hidden states
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,16 @@ class Walk:
             self.name, self.blocks = find_blocks(parameter, self.model)
         except ValueError as error:
             raise ReplayError(str(error)) from error
+
+    def disk(self, texts: Iterable[Tensor]) -> int:
+        """About how many bytes of disk it takes to write the model, in parts that are joined, while texts walk through it.
+
+        Args:
+            texts: token blocks [rows, seq_len] each.
+        """
+        weights = sum(parameter.numel() for parameter in self.model.parameters())
+        width = int(self.model.get_input_embeddings().weight.shape[1])
+        return 2 * (weights + sum(text.numel() for text in texts) * width) * self.dtype.itemsize
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
