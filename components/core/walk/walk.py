@@ -83,7 +83,8 @@ class Walk:
         """
         weights = sum(parameter.numel() for parameter in self.model.parameters())
         width = int(self.model.get_input_embeddings().weight.shape[1])
-        return 2 * (weights + sum(text.numel() for text in texts) * width) * self.dtype.itemsize
+        numbers: int = weights + sum(text.numel() for text in texts) * width
+        return 2 * numbers * self.dtype.itemsize
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
