@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from components.core.files import check_new, new_directory, new_file, stat_fingerprint, write_json
+from components.core.files import (
+    UNFINISHED,
+    check_new,
+    new_directory,
+    new_file,
+    resumable_directory,
+    stat_fingerprint,
+    write_json,
+)
 
 FAILURES = [ValueError("no"), OSError(28, "No space left on device"), KeyboardInterrupt(), SystemExit(1)]
 
@@ -218,3 +226,52 @@ def test_stat_fingerprint_changes_with_name_size_and_time(tmp_path):
 def test_written_json_is_indented_and_ends_its_line(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1})
     assert (tmp_path / "a.json").read_text() == json.dumps({"a": 1}, indent=2) + "\n"
+
+
+class TestResumableDirectory:
+    """Work that is finished in part is kept, and found again by its key."""
+
+    def start(self, target, key, finished=True, end=None):
+        with resumable_directory("output_dir", target, key) as (output, work):
+            found = sorted(path.name for path in work.iterdir())
+            (output / "file").write_text("x")
+            if finished:
+                (work / "finished-00000.json").touch()
+            if end:
+                raise end
+        return found
+
+    def test_a_block_that_succeeds_leaves_the_folder_alone(self, tmp_path):
+        self.start(tmp_path / "out", "a")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+
+    @pytest.mark.parametrize("end", [KeyboardInterrupt(), SystemExit(143), OSError("full")])
+    def test_finished_work_is_kept_for_the_same_key(self, tmp_path, capsys, end):
+        with pytest.raises(type(end)):
+            self.start(tmp_path / "out", "a", end=end)
+        assert [path.name for path in tmp_path.iterdir()] == [f".out.a{UNFINISHED}"]
+        assert "what has been finished is kept beside" in capsys.readouterr().out
+        assert self.start(tmp_path / "out", "a") == ["finished-00000.json"]
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    @pytest.mark.parametrize(("finished", "end"), [(True, ValueError("wrong")), (False, OSError("full"))])
+    def test_what_would_be_the_same_again_or_is_nothing_is_not_kept(self, tmp_path, finished, end):
+        with pytest.raises(type(end)):
+            self.start(tmp_path / "out", "a", finished, end)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_work_of_another_key_is_removed_and_told(self, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            self.start(tmp_path / "out", "a", end=SystemExit(143))
+        with pytest.raises(SystemExit):
+            self.start(tmp_path / "other", "a", end=SystemExit(143))
+        assert self.start(tmp_path / "out", "b") == []
+        assert "output_dir: what a run with other settings or inputs left unfinished is removed" in capsys.readouterr().out
+        assert sorted(path.name for path in tmp_path.iterdir()) == [f".other.a{UNFINISHED}", "out"]
+
+    def test_a_second_process_is_refused(self, tmp_path):
+        refused = pytest.raises(ValueError, match="^output_dir must not be in use by another run, ")
+        with resumable_directory("output_dir", tmp_path / "out", "a"), refused:
+            self.start(tmp_path / "out", "a")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]

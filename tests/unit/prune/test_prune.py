@@ -60,7 +60,11 @@ def prune(model, folder, calibration, **changes):
     return weights, {layer["name"]: weights[layer["name"]] != 0 for layer in layers}, layers
 
 
-def test_hessian_is_that_of_the_inputs_and_shared(model):
+@pytest.mark.parametrize("tokens_at_a_time", [64, 16])
+def test_hessian_is_that_of_the_inputs_and_shared(model, monkeypatch, tokens_at_a_time):
+    """In one batch, and in several, of which only the first runs to the end of the block."""
+    monkeypatch.setattr("components.core.walk.stream.TOKENS_PER_FORWARD", tokens_at_a_time)
+    monkeypatch.setattr("components.prune.calibration.PIECE", 24)  # of 64 and 128 columns
     tokens = ids(4, 16)
     _, blocks = find_blocks("dense_model", model)
     seen = {}
