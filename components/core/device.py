@@ -1,5 +1,7 @@
 """Choose the device and the number format."""
 
+import math
+import os
 from pathlib import Path
 
 import torch
@@ -15,9 +17,34 @@ HELD_BY = {
 }
 
 
+# where a container finds the CPU time that it may use in a period: version 2 of cgroups, then version 1
+QUOTA_FILES = (
+    (Path("/sys/fs/cgroup/cpu.max"),),
+    (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")),
+)
+
+
 def pick_device() -> torch.device:
-    """The first CUDA device if there is one, otherwise the CPU."""
+    """The first CUDA device if there is one, otherwise the CPU; its threads are as many as this container may use.
+
+    torch would start one for every CPU of the machine, and a pod with 4 of 96 would mostly wait for its turn.
+    """
+    allowed = cpu_quota()
+    if allowed and allowed < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(allowed)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cpu_quota() -> int | None:
+    """How many CPUs the container may use, rounded up; None = all of the machine's."""
+    for files in QUOTA_FILES:
+        try:
+            quota, period = " ".join(file.read_text() for file in files).split()
+            if int(quota) > 0:
+                return math.ceil(int(quota) / int(period))
+        except (OSError, ValueError):  # not this version, or `max`
+            continue
+    return None
 
 
 def pick_dtype(dtype: str, device: torch.device, folder: str | Path) -> torch.dtype:

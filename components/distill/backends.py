@@ -6,6 +6,7 @@ next all-gather would otherwise write old values back.
 """
 
 import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Collection, Iterator
@@ -114,7 +115,9 @@ class SingleProcess:
         """Load the student, zero what the mask does not keep, and create the optimizer and the schedule."""
         self.student = student
         self.best: dict[str, Tensor] = {}
-        self.decoder, self.head = self.load(student, weights, mask.tensors.keys())
+        self.decoder, head = self.load(student, weights, mask.tensors.keys())
+        # a copy in the compute dtype, so that the loss need not convert it for every chunk; it is never trained
+        self.head = head if self.compute_dtype is torch.float32 else copy.deepcopy(head).to(self.compute_dtype)
         if self.config.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.parameters = {name: value for name, value in student.named_parameters() if name in mask.tensors}

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 IGNORED = -100  # label of a position that does not count, as in torch's cross entropy
-TOKENS_PER_CHUNK = 256
+CHUNK_BYTES = 512 * 2**20  # of all that is computed from a chunk's logits
+LOGITS_HELD = 5  # of the size of a chunk's logits, in float32: both models' logits and log-probabilities, and the gradient
 
 
 def next_token_labels(ids: Tensor) -> Tensor:
@@ -77,18 +78,23 @@ class _ChunkedLoss(torch.autograd.Function):
         gradient = torch.zeros_like(student_hidden, dtype=torch.float32)
         kd = torch.zeros((), device=student_hidden.device)
         ce = torch.zeros_like(kd)
-        counted = (labels != IGNORED).nonzero().squeeze(1)  # [n]
-        for rows in counted.split(TOKENS_PER_CHUNK):
+        # positions without a label weigh nothing instead of being left out: how many there are is not known without waiting
+        # for the device
+        weights = (labels != IGNORED).float()  # [tokens]
+        size = chunk_size(student_head.weight.shape[0])
+        for start in range(0, len(labels), size):
+            rows = slice(start, start + size)
             logits = student_head(student_hidden[rows])  # [chunk, vocabulary]
             compute_dtype = logits.dtype
-            wanted = labels[rows, None]
-            logits_gradient, kd_part, ce_part = chunk_loss(
+            wanted = labels[rows, None].clamp(min=0)
+            logits_gradient, kd_rows, ce_rows = chunk_loss(
                 logits.float(), teacher_head(teacher_hidden[rows]).float(), wanted, alpha, temperature, kl_direction
             )
-            kd += kd_part
-            ce += ce_part
-            gradient[rows] = (logits_gradient.to(compute_dtype) @ student_head.weight.to(compute_dtype)).float()
-        count = max(counted.numel(), 1)
+            kd += kd_rows @ weights[rows]
+            ce += ce_rows @ weights[rows]
+            chunk_gradient = (logits_gradient.to(compute_dtype) @ student_head.weight.to(compute_dtype)).float()
+            gradient[rows] = chunk_gradient.mul_(weights[rows, None])
+        count = weights.sum().clamp(min=1)
         ctx.save_for_backward(gradient.div_(count))
         ctx.hidden_dtype = student_hidden.dtype
         kd, ce = kd / count, ce / count
@@ -101,10 +107,15 @@ class _ChunkedLoss(torch.autograd.Function):
         return ((ctx.saved_tensors[0] * gradients[0]).to(ctx.hidden_dtype), *[None] * 7)
 
 
+def chunk_size(vocabulary: int) -> int:
+    """How many tokens' logits are computed at a time."""
+    return max(1, CHUNK_BYTES // (LOGITS_HELD * 4 * vocabulary))
+
+
 def chunk_loss(
     student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, temperature: float, kl_direction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss sums and the gradient for one chunk of logits.
+    """Losses and the gradient for one chunk of logits.
 
     Args:
         student: float32 logits [chunk, vocabulary].
@@ -115,21 +126,21 @@ def chunk_loss(
         kl_direction: `forward` or `reverse`.
 
     Returns:
-        (∂L/∂student [chunk, vocabulary], Σ T²·KL, Σ CE).
+        (∂L/∂student [chunk, vocabulary], T²·KL [chunk], CE [chunk]).
     """
     log_student = student.log_softmax(-1)
-    ce = -log_student.gather(1, labels).sum()
+    ce = -log_student.gather(1, labels).squeeze(1)
     log_teacher = (teacher / temperature).log_softmax(-1)
     log_softened = log_student if temperature == 1 else (student / temperature).log_softmax(-1)
     student_p = log_softened.exp()
     if kl_direction == "forward":
         teacher_p = log_teacher.exp()
-        kd = temperature**2 * log_teacher.sub_(log_softened).mul_(teacher_p).sum()
+        kd = temperature**2 * log_teacher.sub_(log_softened).mul_(teacher_p).sum(-1)
         gradient = student_p.sub_(teacher_p)
     else:
         ratio = log_softened - log_teacher
         kl = (student_p * ratio).sum(-1, keepdim=True)  # [chunk, 1]
-        kd = temperature**2 * kl.sum()
+        kd = temperature**2 * kl.squeeze(1)
         gradient = ratio.sub_(kl).mul_(student_p)
     gradient.mul_(alpha * temperature)
     gradient.add_(log_student.exp(), alpha=1 - alpha)

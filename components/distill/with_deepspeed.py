@@ -37,8 +37,6 @@ class DeepSpeed(SingleProcess):
         import deepspeed
 
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
-        if self.compute_dtype is not torch.float32:
-            self.head.to(self.compute_dtype)  # as the engine does with the decoder
         for name, parameter in self.parameters.items():
             # gradients are reduced and partitioned as they arrive, so they must be masked as they arrive
             parameter.register_hook(lambda gradient, name=name: gradient.masked_fill(self.pruned[name], 0))

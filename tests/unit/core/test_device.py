@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from components.core.device import pick_dtype
+from components.core import device
+from components.core.device import cpu_quota, pick_device, pick_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -32,3 +33,33 @@ def test_rounding_what_is_stored_is_told(tmp_path, capsys, stored, dtype, told):
     save_file({"weight": torch.ones(2, dtype=stored)}, tmp_path / "model.safetensors")
     assert pick_dtype(dtype, CPU, tmp_path) is getattr(torch, dtype)
     assert capsys.readouterr().out == told
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (["200000 100000\n"], 2),
+        (["150000 100000"], 2),
+        (["max 100000"], None),
+        (["-1", "100000"], None),
+        (["50000", "100000"], 1),
+    ],
+)
+def test_the_quota_of_a_container_is_read(tmp_path, monkeypatch, content, expected):
+    files = [tmp_path / str(number) for number in range(len(content))]
+    for file, text in zip(files, content, strict=True):
+        file.write_text(text)
+    monkeypatch.setattr(device, "QUOTA_FILES", ((tmp_path / "missing",), tuple(files)))
+    assert cpu_quota() == expected
+
+
+def test_threads_are_as_many_as_the_container_may_use(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        for allowed, expected in ((None, before), (before + 1, before), (1, 1)):
+            monkeypatch.setattr(device, "cpu_quota", lambda allowed=allowed: allowed)
+            pick_device()
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from components.distill import loss as loss_module
-from components.distill.loss import IGNORED, distillation_loss, next_token_labels
+from components.distill.loss import IGNORED, chunk_size, distillation_loss, next_token_labels
 
 
 def case(tokens: int = 37, width: int = 16, vocabulary: int = 51, bias: bool = False):
@@ -38,7 +38,7 @@ def plain(student_hidden, student_head, teacher_hidden, teacher_head, labels, al
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kl_direction", ["forward", "reverse"])
 def test_equals_the_plain_formula_with_its_gradient(monkeypatch, alpha, temperature, bias, kl_direction):
-    monkeypatch.setattr(loss_module, "TOKENS_PER_CHUNK", 8)  # several chunks, the last one short
+    monkeypatch.setattr(loss_module, "chunk_size", lambda _: 8)  # several chunks, the last one short
     inputs = case(bias=bias)
     inputs["labels"][[0, 5, 36]] = IGNORED
     wanted = plain(**inputs, alpha=alpha, temperature=temperature, kl_direction=kl_direction)
@@ -96,3 +96,9 @@ def test_half_precision_hidden_states_keep_small_gradients():
 
 def test_labels_are_the_next_tokens():
     assert next_token_labels(torch.tensor([[4, 5, 6]])).tolist() == [[5, 6, IGNORED]]
+
+
+def test_a_chunk_takes_the_memory_that_it_may():
+    assert chunk_size(151936) == 176
+    assert chunk_size(256) == 104857
+    assert chunk_size(10**9) == 1
