@@ -50,7 +50,7 @@ def run(config: QuantizeConfig) -> StageRecord:
     if mask:
         check_mask(mask, empty)
     check_new("output_dir", config.output_dir, weight_bytes(config.model_dir))
-    engine = pick_engine(config.format)
+    engine = pick_engine(config.format, has_code=bool(empty.is_remote_code()))  # type: ignore[operator]
     tokenizer = load_tokenizer(config.model_dir, config.trust_remote_code)
     evaluation = None
     if not config.skip_ppl_eval:
@@ -157,13 +157,21 @@ def write_part(
     }
 
 
-def pick_engine(format: str) -> ModuleType:
+def pick_engine(format: str, has_code: bool = False) -> ModuleType:
     """optimum-quanto if it is installed, otherwise compressed-tensors, which supports int8 only.
 
+    Args:
+        format: `int8` or `fp8`.
+        has_code: whether the model has code of its own, which optimum-quanto's loader cannot run.
+
     Raises:
-        ValueError: the format is fp8 and optimum-quanto is not installed.
+        ValueError: the format is fp8, and optimum-quanto cannot be used.
     """
-    if importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
+    if has_code and format != "int8":
+        raise ValueError(
+            f"format must be int8 for a model with code of its own, got {format}: optimum-quanto would not load it"
+        )
+    if not has_code and importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
         from components.quantize import with_quanto
 
         return with_quanto

@@ -125,7 +125,7 @@ def _more(root: Path) -> None:
     model.save_pretrained(root / "sharded", max_shard_size="100KB")
     tiny_tokenizer().save_pretrained(root / "sharded")
     torch.save(dict(load_mask(root / "pruned").tensors), root / "mask.pt")
-    quantize_stage.pick_engine = lambda _: with_compressed_tensors
+    quantize_stage.pick_engine = lambda *_, **__: with_compressed_tensors
     quantize_stage.run(QuantizeConfig(model_dir=str(root / "dense"), output_dir=str(root / "ct"), skip_ppl_eval=True))
     lines = [{"text": (root / "corpus" / "train.txt").read_text()[start : start + 100]} for start in range(0, 3000, 100)]
     (root / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from components.core.checkpoint.files import QUANTO_FILE, stored_tensors
-from components.core.errors import readable
+from components.core.errors import readable, shown
 from components.core.history import read_history
+from components.core.reading import read_json
 
 # what a model may have for each tensor or number that is stored; more is a mistake in config.json, and would take for ever
 MODULES_PER_TENSOR, NUMBERS_PER_NUMBER = 8, 2
@@ -52,6 +54,8 @@ def inspect_checkpoint(parameter: str, path: str | Path, trust_remote_code: bool
     if not stored:
         raise ValueError(f"{parameter} must hold safetensors weights (pickled ones are never read), got {path}")
     read_history(folder)
+    if trust_remote_code:
+        check_code(parameter, folder)
     with readable(f"{parameter} must have a config.json that transformers can read, got {path}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with _at_most_modules(MODULES_PER_TENSOR * len(stored) + FEW):
@@ -61,6 +65,16 @@ def inspect_checkpoint(parameter: str, path: str | Path, trust_remote_code: bool
     if numbers > held * (NUMBERS_PER_PACKED if is_quantized(folder, config) else NUMBERS_PER_NUMBER):
         raise ValueError(f"{parameter} must have a config.json that fits its {held} numbers, got one for {numbers}: {path}")
     return config, model
+
+
+def check_code(parameter: str, folder: Path) -> None:
+    """Raise ValueError if a checkpoint would run code of another repository, of which nothing says which version it is."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            auto_map = read_json(folder / name, dict[str, Any]).get("auto_map")
+            for value in tree_leaves(auto_map):
+                if isinstance(value, str) and "--" in value:
+                    raise ValueError(f"{parameter} must bring its own code, auto_map in {folder / name} names {shown(value)}")
 
 
 def empty_model(parameter: str, config: Any, trust_remote_code: bool = False) -> nn.Module:
