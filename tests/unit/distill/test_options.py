@@ -6,28 +6,22 @@ import pytest
 import torch
 
 from components.core.mask.mask import load_mask
+from components.core.perplexity import decoder_and_head
 from components.distill.cache import Cache, cache_name
 from components.distill.stage import run, training_blocks
-from components.distill.teacher import Teacher
+from components.distill.teacher import Teacher, compute_states
 from tests.conftest import save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.distill.test_distill import pruned, settings, trainer  # noqa: F401 (a fixture)
 
 
-def count_calls(teacher):
-    """A list that grows by the number of blocks in each forward pass of the teacher's model."""
-    seen = []
-    teacher.decoder.register_forward_hook(
-        lambda _, args, kwargs, output: seen.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    return seen
-
-
-def test_with_the_cache_the_teacher_reads_each_block_once(pruned, corpus, tmp_path):  # noqa: F811
-    run = trainer(pruned, corpus, tmp_path, cache=Cache(tmp_path / "cache", (40, 32, 64)), epochs=3, max_steps=0)
-    seen = count_calls(run.teacher)
-    run.fit()
-    assert sum(seen) == 40
-    assert len(run.progress.steps) == 30
+@pytest.mark.parametrize(("max_steps", "blocks"), [(0, 40), (3, 12)])
+def test_with_the_cache_the_teacher_runs_before_training(pruned, corpus, tmp_path, max_steps, blocks):  # noqa: F811
+    """On the blocks that the run will see."""
+    cache = Cache(tmp_path / "cache", (40, 32, 64))
+    run = trainer(pruned, corpus, tmp_path, cache=cache, epochs=3, max_steps=max_steps)
+    assert run.teacher.decoder is None
+    assert int(cache.known.sum()) == blocks
+    assert len(run.fit().steps) == (max_steps or 30)
 
 
 def test_the_cache_changes_no_loss_beyond_its_rounding(pruned, corpus, tmp_path):  # noqa: F811
@@ -37,19 +31,20 @@ def test_the_cache_changes_no_loss_beyond_its_rounding(pruned, corpus, tmp_path)
         assert left["loss"] == pytest.approx(right["loss"], rel=2e-3)
 
 
-def test_cached_states_are_the_teachers_rounded_and_the_same_each_time(tmp_path):
-    blocks = torch.randint(256, (5, 16), generator=torch.Generator().manual_seed(0))
-    model = tiny_model("qwen3", tied=True)
+def test_a_teacher_with_a_cache_gives_the_same_states_each_time_and_another_process_uses_them(tmp_path, monkeypatch):
+    folder, cpu = save_tiny(tmp_path / "dense", "qwen3", tied=True), torch.device("cpu")
+    blocks, rows = torch.randint(256, (5, 16), generator=torch.Generator().manual_seed(0)), torch.tensor([3, 1])
+
+    def teacher(cache):
+        head = compute_states(folder, blocks, torch.arange(5), cache, torch.float32, cpu, False)
+        return Teacher(blocks, head, None, cache)
+
     cache = Cache(tmp_path / "cache", (5, 16, 64))
-    plain, cached = Teacher(model, blocks, None), Teacher(model, blocks, cache)
-    rows = torch.tensor([3, 1])
-    first, second = cached.hidden(rows), cached.hidden(rows)
-    assert torch.equal(first, second)
-    assert torch.equal(first, plain.hidden(rows).to(torch.bfloat16).float())
-    another = Teacher(model, blocks, Cache(tmp_path / "cache", (5, 16, 64)))  # like another process on the same machine
-    seen = count_calls(another)
-    assert torch.equal(another.hidden(rows), first)
-    assert not seen
+    first = teacher(cache).hidden(rows)
+    decoder, head = decoder_and_head(tiny_model("qwen3", tied=True))
+    assert torch.equal(first, Teacher(blocks, head, decoder, None).hidden(rows).to(torch.bfloat16).float())
+    monkeypatch.setattr("components.core.walk.walk.Walk.advance", lambda *_: 1 / 0)
+    assert torch.equal(teacher(Cache(tmp_path / "cache", (5, 16, 64))).hidden(rows), first)
     cache.remove()
     assert not (tmp_path / "cache").exists()
 
