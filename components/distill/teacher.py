@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from components.core.checkpoint.loading import load_model, open_model
 from components.core.perplexity import decoder_and_head
-from components.core.progress import log, track
+from components.core.progress import log
+from components.core.walk.measure import walk_through
 from components.core.walk.walk import ReplayError, Walk
 from components.core.walk.work import Work
 from components.distill.backends import SingleProcess
@@ -102,7 +103,7 @@ def compute_states(
             walk.check()
         for number, rows in enumerate(missing):
             what = f"teacher's states, part {number + 1} of {len(missing)}"
-            walk_through(walk, blocks, rows, cache, what)
+            fill(walk, blocks, rows, cache, what)
         with walk.outside():
             kept: nn.Linear = copy.deepcopy(walk.model.get_output_embeddings())
             return kept
@@ -116,17 +117,10 @@ def compute_states(
         return head
 
 
-def walk_through(walk: Walk, blocks: Tensor, rows: Tensor, cache: Cache, what: str) -> None:
+def fill(walk: Walk, blocks: Tensor, rows: Tensor, cache: Cache, what: str) -> None:
     """Compute the states of some training blocks, and put them into the cache."""
     place = cache.folder / f"walk-{int(rows[0])}-{len(rows)}"
-    work = Work(place, what)
-    done = len(work.results)
-    with walk.outside():
-        stream = walk.record(blocks[rows], place, "hidden", fresh=not done)
-    for index in track(range(done, len(walk.blocks)), what, len(walk.blocks) - done):
-        with walk.block(index):
-            walk.advance(stream, index)
-        work.commit({}, activations=[stream.before(index + 1)])
+    stream = walk_through(walk, blocks[rows], Work(place, what), what)
     with walk.outside():
         for part, states in walk.outputs(stream):
             cache.states[rows[part.start : part.stop]] = states.to(torch.bfloat16).cpu()

@@ -8,6 +8,7 @@ from torch import Tensor
 from components.core.checkpoint.loading import load_model
 from components.core.perplexity import from_losses, perplexity
 from components.core.progress import log, track
+from components.core.walk.stream import Stream
 from components.core.walk.walk import ReplayError, Walk
 from components.core.walk.work import Work
 
@@ -39,19 +40,36 @@ def measure(
         OSError: the disk is too full.
     """
     work = Work(place, "perplexity")
-    done = len(work.results)
     try:
         walk = Walk(parameter, folder, dtype, device, trust_remote_code)
-        if not done:
+        if not work.results:
             walk.check()
-        with walk.outside():
-            stream = walk.record(blocks, place, "hidden", fresh=not done)
-        for index in track(range(done, len(walk.blocks)), "perplexity", len(walk.blocks) - done):
-            with walk.block(index):
-                walk.advance(stream, index)
-            work.commit({}, activations=[stream.before(index + 1)])
+        stream = walk_through(walk, blocks, work, "perplexity")
         with walk.outside():
             return from_losses(walk.losses(stream), blocks)
     except ReplayError as error:
         log(f"the whole model is loaded: {error}")
         return perplexity(load_model(folder, dtype, device, trust_remote_code), blocks, parameter)
+
+
+def walk_through(walk: Walk, blocks: Tensor, work: Work, what: str) -> Stream:
+    """Run token blocks [blocks, seq_len] through all of a decoder's blocks, going on after those that are finished.
+
+    Args:
+        walk: the model.
+        blocks: token ids.
+        work: what is finished; its folder has the hidden states.
+        what: name of the work, shown with the progress.
+
+    Raises:
+        ReplayError: the blocks cannot be run one by one.
+        OSError: the disk is too full.
+    """
+    done = len(work.results)
+    with walk.outside():
+        stream = walk.record(blocks, work.folder, "hidden", fresh=not done)
+    for index in track(range(done, len(walk.blocks)), what, len(walk.blocks) - done):
+        with walk.block(index):
+            walk.advance(stream, index)
+        work.commit({}, activations=[stream.before(index + 1)])
+    return stream
