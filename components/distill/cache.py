@@ -18,7 +18,7 @@ from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.files import check_room, new_file, sample_fingerprint
 from components.core.history import versions
 from components.core.locks import remove_unused, use
-from components.core.tokens import id_bytes
+from components.core.tokens import id_fingerprint
 from components.distill import launch
 from components.distill.backends import SingleProcess
 from components.distill.config import DistillConfig
@@ -40,8 +40,7 @@ def cache_name(folder: Path, blocks: Tensor, dtype: torch.dtype, device: torch.d
     used = versions()
     parts = {
         "teacher": sample_fingerprint([folder / "config.json", *weight_files(folder)]),
-        "shape": list(blocks.shape),  # the same tokens, cut into other blocks, have other states
-        "tokens": hashlib.sha256(id_bytes(blocks)).hexdigest(),
+        "tokens": id_fingerprint(blocks),
         "computed": [str(dtype), device.type, used["torch"], used["transformers"]],
     }
     return f"teacher-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"

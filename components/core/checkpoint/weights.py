@@ -57,8 +57,8 @@ class Weights:
             ignore_mismatched_sizes=True,  # reported by name
         )
         stored = stored_tensors(folder)
-        self.quanto = (folder / QUANTO_FILE).is_file()
-        self.entries = quanto_entries(folder, stored) if self.quanto else {name: (name,) for name in stored}
+        is_quanto = (folder / QUANTO_FILE).is_file()
+        self.entries = quanto_entries(folder, stored) if is_quanto else {name: (name,) for name in stored}
         self.files = {name: tensor.file for name, tensor in stored.items()}
         if quantizer:  # a scale without its weight would end in an error of the conversion that names neither
             names = {name.removesuffix("_packed") for name in stored}
