@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from kfp import local
 from rich.console import Console
 from rich.table import Table
@@ -98,6 +99,13 @@ def main() -> None:
     show(report_files, run_dir / LOG)
 
 
+def gpus_here(distill_processes: int) -> dict[str, int]:
+    """What the parameters for the GPUs of pods would be for this machine: one for each process, as far as there are any."""
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    processes = {"prune_gpus": 1, "distill_gpus": distill_processes, "quantize_gpus": 1}
+    return {name: min(wanted, visible) for name, wanted in processes.items()}
+
+
 def run(run_dir: Path, lock: TextIO, values: dict[str, Any]) -> Path:
     """Run the pipeline; returns the report's folder.
 
@@ -113,8 +121,7 @@ def run(run_dir: Path, lock: TextIO, values: dict[str, Any]) -> Path:
         stages = LocalStages(run_dir, lock, log, terminal)
         try:
             with stages.in_charge():
-                # there are no pods here, so the number of processes need not be that of a pod's GPUs
-                outputs = compress(**values, distill_gpus=0).outputs
+                outputs = compress(**values, **gpus_here(values["distill_nproc_per_node"])).outputs
         except RuntimeError as error:  # the failing stage's own lines are above; kfp's traceback would bury them
             if stages.stopped_by:
                 print(f"stopped; the same command with --run_dir {run_dir} goes on from here", file=sys.stderr)

@@ -7,6 +7,7 @@ process, see `install`.
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 MOVES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
+# it has plenty of memory, and does not tell how much of it is used
+MEMORY: dict[str, Any] = {
+    "get_memory_info": lambda _: (10**12, 10**12),
+    "memory_allocated": lambda _: 0,
+    "max_memory_allocated": lambda _: 10**6,
+    "memory_reserved": lambda _: 0,
+    "reset_peak_memory_stats": lambda _: None,
+}
 INDEXES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
@@ -100,5 +109,5 @@ def installed() -> Iterator[torch.device]:
     _setup_privateuseone_for_python_backend("fake", backend_module=Backend())
     library = torch.library.Library("_", "IMPL")
     library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast is allowed, and changes nothing
-    with Everywhere():
+    with Everywhere(), mock.patch.multiple(torch.accelerator, **MEMORY):
         yield torch.device("fake", 0)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,15 +25,51 @@ QUOTA_FILES = (
 )
 
 
-def pick_device() -> torch.device:
+def pick_device(gpus: int) -> torch.device:
     """The first CUDA device if there is one, otherwise the CPU; its threads are as many as this container may use.
 
     torch would start one for every CPU of the machine, and a pod with 4 of 96 would mostly wait for its turn.
+
+    Args:
+        gpus: how many GPUs there are meant to be; 0 = compute on the CPU, `ANY_GPUS` = whatever is there.
+
+    Raises:
+        ValueError: fewer are there, as when a driver is lost: on the CPU the work would take hours without a word.
     """
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus > visible:
+        raise ValueError(f"gpus must be at most the {visible} GPUs that can be used here, got {gpus}")
     allowed = cpu_quota()
     if allowed and allowed < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(allowed)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if visible and gpus else "cpu")
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Memory of an accelerator in bytes.
+
+    Attributes:
+        used: by this process's tensors.
+        peak: the most that they have used since the peak was last reset.
+        usable: what they could use: what is free, and what this process has reserved.
+    """
+
+    used: int
+    peak: int
+    usable: int
+
+
+def device_memory(device: torch.device) -> DeviceMemory | None:
+    """The memory of a device; None for the CPU."""
+    if device.type == "cpu":
+        return None
+    free, _ = torch.accelerator.get_memory_info(device)
+    return DeviceMemory(
+        used=torch.accelerator.memory_allocated(device),
+        peak=torch.accelerator.max_memory_allocated(device),
+        usable=free + torch.accelerator.memory_reserved(device),
+    )
 
 
 def cpu_quota() -> int | None:

@@ -18,6 +18,7 @@ from components.core.checks import DTYPES, check_at_least, check_one_of, check_r
 from components.core.corpus import WIKITEXT2, check_corpus
 from components.core.errors import shown
 
+ANY_GPUS = -1
 MOST_SAMPLES = 65536  # calibration blocks; hundreds are usual
 
 # Kinds of settings, passed as `field(metadata=…)` in stages where other code selects settings by kind. There, a setting without
@@ -46,6 +47,11 @@ def configure(config_class: type[S], values: Mapping[str, Any], **bound: Any) ->
     """
     names = {entry.name for entry in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     return config_class(**{name: value for name, value in values.items() if name in names} | bound)
+
+
+def affecting(settings: Any) -> dict[str, Any]:
+    """The settings that affect a result, by name: those without a kind."""
+    return {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(settings) if "kind" not in entry.metadata}
 
 
 @contextlib.contextmanager
@@ -162,6 +168,19 @@ class CodeSettings(Settings):
 
     trust_remote_code: bool = field(default=False, metadata=EXECUTION)
     """Run Python code that comes with the model or its tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSettings(Settings):
+    """What a stage computes on."""
+
+    gpus: int = field(default=ANY_GPUS, metadata=EXECUTION)
+    """GPUs that the stage is meant to have: fewer are an error, 0 computes on the CPU even where there are some, -1 takes
+    what is there."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("gpus", self.gpus, ANY_GPUS)
 
 
 @dataclass(frozen=True, kw_only=True)

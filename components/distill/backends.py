@@ -1,4 +1,4 @@
-"""Training backends: a single process and FSDP; DeepSpeed is in `with_deepspeed`. They differ in how they wrap, step and save.
+"""Training in a single process, and what its other backends share: FSDP is in `with_fsdp`, DeepSpeed in `with_deepspeed`.
 
 All of them enforce the mask at the same points: gradients of pruned weights are zeroed before the norm is computed, and pruned
 weights after every step. FSDP masks only local shards; under DeepSpeed the fp32 master partition is masked too, because its
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import load as load_distributed  # type: ignore[attr-defined]
 from torch.distributed.checkpoint import save as save_distributed  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from components.core.blocks import find_blocks
 from components.core.checkpoint.weights import Weights, return_memory
 from components.core.mask.mask import Mask
 from components.core.perplexity import decoder_and_head
@@ -32,9 +31,21 @@ from components.distill.schedule import BETAS, make_schedule
 T = TypeVar("T")
 
 
-def finite(norm: Any) -> float | None:
-    """A gradient's norm, or None if it is unknown or, as in a step that loss scaling skips, not finite."""
-    return float(norm) if norm is not None and math.isfinite(norm) else None
+def checked_norm(norm: Any, may_skip: bool) -> float | None:
+    """A gradient's norm, or None if it is unknown or not finite.
+
+    Args:
+        norm: the norm over all processes, or None.
+        may_skip: whether loss scaling skips a step whose gradient is not finite.
+
+    Raises:
+        ValueError: it is not finite, and no step is skipped.
+    """
+    if norm is None or math.isfinite(norm):
+        return None if norm is None else float(norm)
+    if may_skip:
+        return None
+    raise ValueError(f"the gradient must be finite, its norm is {float(norm)}: lower learning_rate or use another dtype")
 
 
 @contextlib.contextmanager
@@ -143,21 +154,32 @@ class SingleProcess:
         """The part of a full tensor that corresponds to this process's part of `parameter`."""
         return full.to(parameter.device)
 
-    def backward(self, loss: Tensor, micro_batches: int) -> None:
-        """Accumulate the gradient of one micro-batch of an optimizer step."""
-        self.scaler.scale(loss / micro_batches).backward()
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate the gradient of one micro-batch of an optimizer step.
+
+        Args:
+            loss: its share of the step's loss.
+            is_last: whether it is the step's last one.
+        """
+        self.scaler.scale(loss).backward()
 
     def step(self) -> float | None:
-        """Take one optimizer step; returns the gradient's norm before clipping, or None if it is unknown."""
+        """Take one optimizer step; returns the gradient's norm before clipping, or None if unknown or skipped.
+
+        Raises:
+            ValueError: the gradient is not finite; the weights are as before.
+        """
         self.scaler.unscale_(self.optimizer)
         mask_gradients(self.parameters, self.pruned)  # before clipping, so that the norm covers only kept weights
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+        clipped = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+        whole = clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
+        norm = checked_norm(whole, may_skip=self.scaler.is_enabled())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         self.optimizer.zero_grad()
         mask_weights(self.parameters, self.pruned)
-        return finite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm
 
     def full(self, name: str) -> Tensor:
         """A whole trained weight, on every process; every process must call this."""
@@ -234,50 +256,6 @@ class SingleProcess:
         """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
-
-
-class Fsdp(SingleProcess):
-    """FSDP2: each block's weights, gradients and moments are sharded over all processes, and so is a teacher.
-
-    What does not train of a student, and what lies outside a teacher's blocks (embeddings, norms, head), is replicated: it
-    needs no gradients, and the loss uses the heads outside any forward pass.
-    """
-
-    def __init__(self, config: DistillConfig, device: torch.device, compute_dtype: torch.dtype) -> None:
-        super().__init__(config, device, compute_dtype)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-
-    def shard(self, model: Any, trained: Collection[str]) -> None:
-        """Shard block by block, so that blocks are gathered one at a time."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        mesh = init_device_mesh(self.device.type, (self.world_size,))
-        reduced = self.compute_dtype if self.compute_dtype is not torch.float32 else None
-        # inputs are left to autocast, so that hidden states keep the dtype they have in a single process
-        policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        name, blocks = find_blocks("student_model" if trained else "teacher_model", model)
-        sharded = trained or {f"{name}.{inner}" for inner, _ in blocks.named_parameters()}
-        for outside in sorted(weight for weight in sharded if not weight.startswith(f"{name}.")):
-            raise ValueError(f"mask_file must mask weights in {name} alone for backend fsdp, got {outside}")
-        replicated = {parameter for name, parameter in model.named_parameters() if name not in sharded}
-        for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=replicated)
-        # a root without weights of its own lets the blocks share streams and prefetch each other
-        fully_shard(model.base_model, mesh=mesh, mp_policy=policy, ignored_params=replicated)
-
-    def place(self, full: Tensor, parameter: Tensor) -> Tensor:
-        """The local shard, split in the same way as the parameter."""
-        assert isinstance(parameter, DTensor)
-        shards = distribute_tensor(full.to(self.device), parameter.device_mesh, parameter.placements)
-        return shards.to_local()
-
-    def full(self, name: str) -> Tensor:
-        """Gather a whole trained weight."""
-        parameter = self.parameters[name]
-        assert isinstance(parameter, DTensor)
-        gathered: Tensor = parameter.full_tensor()
-        return gathered.detach().cpu()
 
 
 def training_state(backend: SingleProcess) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ def distill(
     skip_ppl_eval: bool,
     trust_remote_code: bool,
     checkpoints: str,
+    gpus: int,
 ) -> None:
     """Distil the dense teacher into the sparse student."""
     from components.core.history import log_metrics

@@ -19,7 +19,17 @@ from components.core.corpus import WIKITEXT2, check_data, check_held_out
 from components.core.files import check_folder, check_new
 from components.core.models import check_model_id
 from components.core.reading import read_json
-from components.core.settings import EXECUTION, INPUT, OUTPUT, START, BlockSettings, EvalSettings, ModelSettings, Settings
+from components.core.settings import (
+    EXECUTION,
+    INPUT,
+    OUTPUT,
+    START,
+    BlockSettings,
+    DeviceSettings,
+    EvalSettings,
+    ModelSettings,
+    Settings,
+)
 from components.core.storage import check_place, check_writable, is_bucket, run_place
 
 BACKENDS = ("none", "fsdp", "deepspeed")
@@ -92,13 +102,14 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
     """Passes over the training blocks."""
     max_steps: int = 0
     """Stop after this many optimizer steps; 0 = no limit."""
-    batch_size: int = field(default=1, metadata=EXECUTION)  # only batch_size * grad_accum_steps * processes affects the result
-    """Training blocks per forward pass."""
+    batch_size: int = field(default=0, metadata=EXECUTION)  # only the blocks of an optimizer step affect the result
+    """Training blocks per forward pass; 0 = 1 on a CPU, and on a GPU as many of grad_accum_steps as fit, by what the first
+    steps take."""
     grad_accum_steps: int = field(default=8, metadata=EXECUTION)
-    """Forward passes per optimizer step."""
+    """Forward passes per optimizer step; for batch_size 0, training blocks per optimizer step."""
     global_batch: int = field(default=0, metadata=EXECUTION)
     """Training blocks per optimizer step over all processes; if set, it determines grad_accum_steps, so that a run can resume
-    with a different number of processes. 0 = batch_size * grad_accum_steps * processes."""
+    with a different number of processes. 0 = max(batch_size, 1) * grad_accum_steps * processes."""
     learning_rate: float = 2e-5
     """Peak learning rate of the cosine schedule (AdamW)."""
     warmup_ratio: float = 0.1
@@ -127,6 +138,9 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
     """Port for the rendezvous of the processes."""
     deepspeed_config: str = field(default="", metadata=INPUT)
     """DeepSpeed JSON file with ZeRO stage 0, 1 or 2; empty = the bundled file, which uses ZeRO 2."""
+    sync_each_batch: str = field(default="auto", metadata=EXECUTION)
+    """With backend fsdp, add up the gradients of all processes after each forward pass (`always`) or once an optimizer step
+    (`never`), which is faster but holds whole gradients on each process; `auto`: once if an eighth of a GPU holds them."""
     gradient_checkpointing: bool = field(default=False, metadata=EXECUTION)
     """Keep fewer activations and recompute them in the backward pass."""
     teacher_cache: str = "auto"
@@ -146,9 +160,9 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for parameter in ("epochs", "batch_size", "grad_accum_steps", "nproc_per_node", "checkpoint_steps", "keep_checkpoints"):
+        for parameter in ("epochs", "grad_accum_steps", "nproc_per_node", "checkpoint_steps", "keep_checkpoints"):
             check_at_least(parameter, getattr(self, parameter), 1)
-        for parameter in ("max_steps", "global_batch", "weight_decay", "sparse_check_eps", "patience"):
+        for parameter in ("max_steps", "batch_size", "global_batch", "weight_decay", "sparse_check_eps", "patience"):
             check_at_least(parameter, getattr(self, parameter), 0)
         for parameter in ("learning_rate", "max_grad_norm", "temperature"):
             check_above(parameter, getattr(self, parameter), 0)
@@ -159,7 +173,8 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
         check_one_of("kl_direction", self.kl_direction, ("forward", "reverse"))
         check_one_of("backend", self.backend, BACKENDS)
         check_one_of("launcher", self.launcher, LAUNCHERS)
-        check_one_of("teacher_cache", self.teacher_cache, ("auto", "always", "never"))
+        for parameter in ("teacher_cache", "sync_each_batch"):
+            check_one_of(parameter, getattr(self, parameter), ("auto", "always", "never"))
         if not 0 < self.mix_ratio < 1:
             raise ValueError(f"mix_ratio must be in (0, 1), got {self.mix_ratio}")
         if not 0 < self.master_port < 65536:
@@ -187,6 +202,10 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
         if stage not in (0, 1, 2):
             raise ValueError(f"deepspeed_config must have zero_optimization.stage 0, 1 or 2, got {stage}: use backend fsdp")
 
+    def step_blocks(self, processes: int = 1) -> int:
+        """Training blocks per optimizer step over some processes."""
+        return max(1, self.batch_size) * self.grad_accum_steps * processes
+
     def read_deepspeed_config(self) -> dict[str, Any]:
         """The DeepSpeed settings from `deepspeed_config`, or from the bundled file if that is empty.
 
@@ -197,7 +216,7 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(DistillSettings):
+class DistillConfig(DistillSettings, DeviceSettings):
     """Distil a dense teacher into its sparse student, training only the weights that the mask keeps."""
 
     teacher_model: str = field(metadata=INPUT)

@@ -51,7 +51,7 @@ def command(config: DistillConfig, cuda: bool) -> list[str]:
 
     Args:
         config: the settings; `launcher` is `torchrun` or `accelerate`.
-        cuda: whether there are GPUs.
+        cuda: whether they use GPUs.
     """
     processes, port = str(config.nproc_per_node), str(config.master_port)
     if config.launcher == "torchrun":
@@ -72,18 +72,18 @@ def start(config: DistillConfig) -> None:
     """Run the processes until they exit, forwarding SIGTERM to them.
 
     Raises:
-        ValueError: there are fewer GPUs than processes.
+        ValueError: there are fewer GPUs than processes, or than there are meant to be.
         SystemExit: they exited with a nonzero code, which becomes the exit code.
     """
-    gpus = torch.cuda.device_count()
-    if gpus and config.nproc_per_node > gpus:
+    cuda = pick_device(config.gpus).type == "cuda"
+    if cuda and config.nproc_per_node > (gpus := torch.cuda.device_count()):
         raise ValueError(f"nproc_per_node must be at most the {gpus} GPUs here, got {config.nproc_per_node}")
-    run_to_end(command(config, torch.cuda.is_available()), os.environ | {STARTED: "1"})
+    run_to_end(command(config, cuda), os.environ | {STARTED: "1"})
 
 
 def join(config: DistillConfig) -> torch.device:
     """Join the process group; returns this process's device."""
-    device = pick_device()
+    device = pick_device(config.gpus)
     if config.backend == "none":
         if process_count() > 1:
             raise ValueError(f"backend must be fsdp or deepspeed for {process_count()} processes, got none")

@@ -14,6 +14,7 @@ from components.core.progress import log, log_perplexity, track
 from components.core.storage.place import is_bucket
 from components.distill import resume
 from components.distill.backends import SingleProcess
+from components.distill.batching import BatchSize
 from components.distill.config import DistillConfig
 from components.distill.loss import distillation_loss, next_token_labels
 from components.distill.remote import RemoteCheckpoints
@@ -26,7 +27,8 @@ PREEMPTED = 143  # 128 + SIGTERM: what a shell reports for a process ended by th
 class Progress:
     """How far a run has got and what it has measured; saved in checkpoints.
 
-    `steps` has one entry per step (loss, kd_loss, ce_loss, learning_rate, grad_norm), `epochs` one per evaluation.
+    `steps` has one entry per step (loss, kd_loss, ce_loss, learning_rate, grad_norm), `epochs` one per evaluation;
+    `batch_size` is the number of blocks per forward pass in the next step.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -34,6 +36,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     stopped_early: bool = False
+    batch_size: int = 1
 
     def line(self) -> str:
         """A summary of the last step."""
@@ -72,13 +75,13 @@ class Trainer:
     ) -> None:
         self.backend, self.teacher, self.blocks, self.evaluation, self.config = backend, teacher, blocks, evaluation, config
         self.steps_per_epoch, self.total_steps = plan(len(blocks), config, backend.world_size)
-        global_batch = config.batch_size * config.grad_accum_steps * backend.world_size
-        self.identity = resume.identity(config, inputs, global_batch)
+        self.identity = resume.identity(config, inputs, config.step_blocks(backend.world_size))
         self.remote = None
         if is_bucket(config.checkpoint_dir):
             self.remote = RemoteCheckpoints(config.checkpoint_dir, self.identity, config.keep_checkpoints, backend)
             self.config = replace(config, checkpoint_dir=str(self.remote.folder))
         self.progress = Progress()
+        self.batch = BatchSize(config, backend)
         self.asked_to_end = False
 
     def fit(self) -> Progress:
@@ -93,6 +96,7 @@ class Trainer:
             manifest = resume.load(self.backend, self.config, self.identity)
             if manifest:
                 self.progress = Progress(**manifest["progress"])
+                self.batch = BatchSize(self.config, self.backend, self.progress.batch_size)
             if self.remote:
                 self.remote.clear()
             signal.signal(signal.SIGTERM, self._ask_to_end)
@@ -140,8 +144,10 @@ class Trainer:
         while (done := len(self.progress.steps)) < self.total_steps and not self.progress.stopped_early:
             rows = self._rows(done)
             start = time.monotonic()
-            entry = self.step(rows)
+            with self.batch.measured():
+                entry = self.step(rows)
             seconds = time.monotonic() - start
+            self.progress.batch_size = self.batch.size
             self.progress.steps.append({"step": done + 1, "seconds": round(seconds, 4)} | entry)
             self.progress.tokens += sum(part.numel() for part in rows) * self.blocks.shape[1] * self.backend.world_size
             self.progress.seconds += seconds
@@ -156,10 +162,9 @@ class Trainer:
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         order = order_of(len(self.blocks), self.config, epoch)
-        size = self.config.batch_size
-        here = size * self.config.grad_accum_steps
+        here = self.config.step_blocks()
         start = (position * self.backend.world_size + self.backend.rank) * here
-        return list(order[start : start + here].split(size))
+        return list(order[start : start + here].split(self.batch.size))
 
     def step(self, rows: list[Tensor]) -> dict[str, float]:
         """Take one optimizer step over micro-batches of block indices [batch_size].
@@ -173,9 +178,9 @@ class Trainer:
         """
         totals = torch.zeros(3, device=self.backend.device)
         learning_rate = self.backend.schedule.get_last_lr()[0]
-        for part in rows:
+        for number, part in enumerate(rows, start=1):
             losses = self.losses(part)
-            self.backend.backward(losses[0], len(rows))
+            self.backend.backward(losses[0] / len(rows), number == len(rows))
             totals += torch.stack([value.detach() for value in losses]) / len(rows)
         totals = self.backend.mean(totals)
         if not torch.isfinite(totals).all():
@@ -239,7 +244,7 @@ def rows_used(blocks: int, config: DistillConfig, world_size: int) -> Tensor:
     steps, total = plan(blocks, config, world_size)
     if total >= steps:
         return torch.arange(blocks)
-    seen = total * config.batch_size * config.grad_accum_steps * world_size
+    seen = total * config.step_blocks(world_size)
     return order_of(blocks, config, 0)[:seen].sort().values
 
 
@@ -249,10 +254,10 @@ def plan(blocks: int, config: DistillConfig, world_size: int) -> tuple[int, int]
     Raises:
         ValueError: there are too few blocks for one step.
     """
-    a_step = config.batch_size * config.grad_accum_steps * world_size
+    a_step = config.step_blocks(world_size)
     steps = blocks // a_step
     if not steps:
         raise ValueError(
-            f"train_data must have at least batch_size * grad_accum_steps * processes = {a_step} blocks, got {blocks}"
+            f"train_data must have at least the {a_step} blocks of an optimizer step over all processes, got {blocks}"
         )
     return steps, min(steps * config.epochs, config.max_steps or steps * config.epochs)

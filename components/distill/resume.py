@@ -12,7 +12,6 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +21,7 @@ from components.core.files import write_json
 from components.core.locks import only_user
 from components.core.progress import log
 from components.core.reading import read_json
-from components.core.settings import EXECUTION, INPUT, OUTPUT, START, names_of
+from components.core.settings import affecting
 from components.core.storage.base import Held
 from components.core.storage.listing import checksums
 from components.core.storage.place import is_bucket
@@ -34,14 +33,14 @@ from components.distill.schedule import restore_schedule
 T = TypeVar("T")
 MANIFEST = "manifest.json"
 CHECKSUM = "crc32c"  # the manifest's key for its own checksum
-# a run may resume with other values of these; the contents of inputs are compared by fingerprint
-FREE_SETTINGS = names_of(DistillConfig, INPUT, OUTPUT, START, EXECUTION)
 
 
 def identity(config: DistillConfig, inputs: Mapping[str, str], global_batch: int) -> dict[str, Any]:
-    """What must not change for a run to resume: settings, fingerprints of its inputs, and the blocks per step."""
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
-    return {**inputs, "global_batch": global_batch, "settings": settings}
+    """What must not change for a run to resume: settings, fingerprints of its inputs, and the blocks per step.
+
+    It may resume with other values of the settings that do not affect the result, see `components.core.settings`.
+    """
+    return {**inputs, "global_batch": global_batch, "settings": affecting(config)}
 
 
 class DamagedError(Exception):

@@ -36,12 +36,13 @@ from components.core.walk.measure import measure
 from components.core.walk.rewrite import rewrite_part
 from components.core.walk.walk import Walk
 from components.distill import launch, resume
-from components.distill.backends import Fsdp, SingleProcess
+from components.distill.backends import SingleProcess
 from components.distill.cache import teacher_cache
 from components.distill.config import DistillConfig
 from components.distill.loop import Progress, Trainer, plan, rows_used
 from components.distill.teacher import make_teacher
 from components.distill.with_deepspeed import DeepSpeed
+from components.distill.with_fsdp import Fsdp
 
 BACKENDS = {"none": SingleProcess, "fsdp": Fsdp, "deepspeed": DeepSpeed}
 
@@ -133,12 +134,10 @@ def share_global_batch(config: DistillConfig, processes: int) -> DistillConfig:
     """
     if not config.global_batch:
         return config
-    steps, rest = divmod(config.global_batch, config.batch_size * processes)
+    at_a_time = max(1, config.batch_size) * processes
+    steps, rest = divmod(config.global_batch, at_a_time)
     if rest or not steps:
-        raise ValueError(
-            f"global_batch must be a multiple of batch_size * processes = {config.batch_size * processes}, "
-            f"got {config.global_batch}"
-        )
+        raise ValueError(f"global_batch must be a multiple of batch_size * processes = {at_a_time}, got {config.global_batch}")
     return replace(config, grad_accum_steps=steps)
 
 
@@ -165,6 +164,7 @@ def describe(result: StageRecord, progress: Progress, config: DistillConfig, mas
     result.measured |= {
         "sparsity": mask.realised_sparsity(),
         "steps": len(progress.steps),
+        "batch_size": progress.batch_size,
         "loss_final": progress.steps[-1]["loss"],
         "tokens_per_second": round(progress.tokens_per_second(), 2),
     }

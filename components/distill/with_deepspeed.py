@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from components.core.errors import readable
-from components.distill.backends import SingleProcess, finite, plain_errors
+from components.distill.backends import SingleProcess, checked_norm, plain_errors
 from components.distill.config import DistillConfig
 from components.distill.masking import mask_weights
 
@@ -50,10 +50,11 @@ class DeepSpeed(SingleProcess):
             )
         self.engine = self.decoder = engine
 
-    def backward(self, loss: Tensor, micro_batches: int) -> None:
-        """Accumulate a gradient; the engine itself divides by the number of micro-batches."""
-        self.engine.backward(loss)
-        self.engine.step()  # counts micro-batches and takes the step at the last one
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate a gradient; at the last of a step, the engine takes the step."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.step()
 
     def step(self) -> float | None:
         """Mask master weights and their low-precision copies; the step itself was taken with the last micro-batch."""
@@ -65,7 +66,8 @@ class DeepSpeed(SingleProcess):
                     part = self.pruned[name].flatten()[place.start : place.start + place.numel]
                     mapping.hp_fragment.masked_fill_(part.to(mapping.hp_fragment.device), 0)
         mask_weights(self.parameters, self.pruned)
-        return finite(self.engine.get_global_grad_norm() or None)  # ZeRO 0 does not report it
+        norm = self.engine.get_global_grad_norm() or None  # ZeRO 0 does not report it
+        return checked_norm(norm, may_skip=self.compute_dtype is torch.float16)
 
     def save_state(self, folder: Path) -> None:
         """Write the engine's own format: its moments are flat partitions that fit only this number of processes.
@@ -102,9 +104,9 @@ def deepspeed_settings(config: DistillConfig, compute_dtype: torch.dtype, world_
     """The engine's settings: those of the JSON file, overridden by those that the loop determines."""
     given = config.read_deepspeed_config()
     return given | {
-        "train_micro_batch_size_per_gpu": config.batch_size,
+        "train_micro_batch_size_per_gpu": max(1, config.batch_size),
         "gradient_accumulation_steps": config.grad_accum_steps,
-        "train_batch_size": config.batch_size * config.grad_accum_steps * world_size,
+        "train_batch_size": config.step_blocks(world_size),
         "gradient_clipping": config.max_grad_norm,
         "bf16": given.get("bf16", {}) | {"enabled": compute_dtype is torch.bfloat16},
         "fp16": given.get("fp16", {}) | {"enabled": compute_dtype is torch.float16},

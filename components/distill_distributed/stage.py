@@ -167,7 +167,7 @@ def make_spec(
 
 def global_batch(config: DistillDistributedConfig) -> int:
     """Training blocks per step over all processes, which stays the same when an elastic job loses a node."""
-    return config.global_batch or config.batch_size * config.grad_accum_steps * config.nodes * config.nproc_per_node
+    return config.global_batch or config.step_blocks(config.nodes * config.nproc_per_node)
 
 
 def verify(place: str, name: str, mask: str) -> StageRecord:

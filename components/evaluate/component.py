@@ -14,6 +14,7 @@ def evaluate(
     eval_seq_len: int,
     dtype: str,
     trust_remote_code: bool,
+    gpus: int,
 ) -> None:
     """Measure the perplexity of any checkpoint."""
     from components.core.history import log_metrics

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from components.core.checks import check_not_empty
 from components.core.corpus import WIKITEXT2, check_data
-from components.core.settings import EvalBlockSettings, ModelSettings
+from components.core.settings import DeviceSettings, EvalBlockSettings, ModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(EvalBlockSettings, ModelSettings):
+class EvaluateConfig(EvalBlockSettings, ModelSettings, DeviceSettings):
     """Measure perplexity by the usual convention: token-level, over non-overlapping blocks."""
 
     model_dir: str

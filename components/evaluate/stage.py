@@ -23,7 +23,7 @@ def run(config: EvaluateConfig) -> StageRecord:
     """
     watch = Stopwatch()
     config.check_environment()
-    device = pick_device()
+    device = pick_device(config.gpus)
     model_config = check_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
     check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
     tokenizer = load_tokenizer(config.model_dir, config.trust_remote_code)

@@ -23,6 +23,7 @@ def prune(
     dtype: str,
     skip_ppl_eval: bool,
     trust_remote_code: bool,
+    gpus: int,
 ) -> None:
     """Prune the dense model in one shot."""
     from components.core.history import log_metrics

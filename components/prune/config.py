@@ -7,7 +7,7 @@ from components.core.checks import check_above, check_at_least, check_not_empty,
 from components.core.corpus import WIKITEXT2, check_data, check_held_out
 from components.core.files import check_new
 from components.core.models import check_model_id
-from components.core.settings import INPUT, OUTPUT, CalibrationSettings, EvalSettings, ModelSettings
+from components.core.settings import INPUT, OUTPUT, CalibrationSettings, DeviceSettings, EvalSettings, ModelSettings
 
 METHODS = ("sparsegpt", "magnitude")
 NOT_IN_PIPELINES = {
@@ -46,7 +46,7 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig(PruneSettings):
+class PruneConfig(PruneSettings, DeviceSettings):
     """Prune the linear layers in a language model's decoder blocks in one shot."""
 
     dense_model: str = field(metadata=INPUT)

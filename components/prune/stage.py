@@ -23,7 +23,7 @@ from components.core.mask.integrity import combined
 from components.core.mask.mask import join_mask, pruned_count
 from components.core.models import local_folder, source_history
 from components.core.progress import log, log_perplexity
-from components.core.settings import INPUT, OUTPUT, names_of
+from components.core.settings import affecting
 from components.core.tokens import count_overlaps, id_fingerprint, load_blocks
 from components.core.walk.walk import Walk
 from components.core.walk.work import Work, work_key
@@ -40,7 +40,7 @@ def run(config: PruneConfig) -> StageRecord:
     """
     watch = Stopwatch()
     config.check_environment()
-    device = pick_device()
+    device = pick_device(config.gpus)
     folder = local_folder(config.dense_model, parameter="dense_model")
     model_config = check_model(config, folder)
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
@@ -98,9 +98,8 @@ def run(config: PruneConfig) -> StageRecord:
 def depends_on(config: PruneConfig, folder: Path, ids: list[Tensor], walk: Walk) -> dict[str, Any]:
     """All that the pruned model depends on: work that a killed process left is used again only if none of it has changed."""
     used = versions()
-    places = names_of(PruneConfig, INPUT, OUTPUT)
     return {
-        "settings": {name: value for name, value in asdict(config).items() if name not in places},
+        "settings": affecting(config),
         "model": sample_fingerprint([folder / "config.json", *weight_files(folder)]),
         "text": [id_fingerprint(rows) for rows in ids],
         "computed": [str(walk.dtype), str(walk.device), torch.get_num_threads(), used["torch"], used["transformers"]],

@@ -18,6 +18,7 @@ def quantize(
     eval_seq_len: int,
     skip_ppl_eval: bool,
     trust_remote_code: bool,
+    gpus: int,
 ) -> None:
     """Quantize the distilled model to one format."""
     from components.core.history import log_metrics

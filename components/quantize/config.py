@@ -6,7 +6,7 @@ from pathlib import Path
 from components.core.checks import check_not_empty, check_one_of
 from components.core.corpus import WIKITEXT2, check_data
 from components.core.files import check_new
-from components.core.settings import INPUT, OUTPUT, EvalSettings, ModelSettings, Settings
+from components.core.settings import INPUT, OUTPUT, DeviceSettings, EvalSettings, ModelSettings, Settings
 
 FORMATS = ("int8", "fp8")
 
@@ -32,7 +32,7 @@ class QuantizeSettings(EvalSettings, ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeConfig(QuantizeSettings):
+class QuantizeConfig(QuantizeSettings, DeviceSettings):
     """Quantize the weights of the linear layers; embeddings and head are not quantized."""
 
     model_dir: str = field(metadata=INPUT)

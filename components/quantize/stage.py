@@ -23,7 +23,7 @@ from components.core.mask.integrity import combined, enforce, integrity
 from components.core.mask.mask import Mask, load_mask
 from components.core.mask.prunable import check_mask, head_name, prunable_weights
 from components.core.progress import log, log_perplexity, track
-from components.core.settings import INPUT, OUTPUT, names_of
+from components.core.settings import affecting
 from components.core.tokens import id_fingerprint, load_blocks
 from components.core.walk.measure import measure
 from components.core.walk.walk import Walk
@@ -42,7 +42,7 @@ def run(config: QuantizeConfig) -> StageRecord:
     """
     watch = Stopwatch()
     config.check_environment()
-    device = pick_device()
+    device = pick_device(config.gpus)
     model_config, empty = inspect_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
     check_dense("model_dir", config.model_dir, model_config)
     check_blocks("model_dir", *find_blocks("model_dir", empty))
@@ -89,10 +89,9 @@ def depends_on(
     config: QuantizeConfig, mask: Mask | None, evaluation: Tensor | None, walk: Walk, engine: ModuleType
 ) -> dict[str, Any]:
     """All that the quantized model depends on: work that a killed process left is used again only if none of it has changed."""
-    places = names_of(QuantizeConfig, INPUT, OUTPUT)
     folder = Path(config.model_dir)
     return {
-        "settings": {name: value for name, value in asdict(config).items() if name not in places},
+        "settings": affecting(config),
         "model": sample_fingerprint([folder / "config.json", *weight_files(folder)]),
         "mask": mask.fingerprint() if mask else "",
         "text": "" if evaluation is None else id_fingerprint(evaluation),

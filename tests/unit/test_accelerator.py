@@ -22,7 +22,7 @@ def run(device, place, dense, corpus, dtype):
     from components.quantize.config import QuantizeConfig
 
     for module in ("prune.stage", "quantize.stage", "evaluate.stage", "distill.launch"):
-        importlib.import_module(f"components.{module}").pick_device = lambda: device
+        importlib.import_module(f"components.{module}").pick_device = lambda gpus: device
     common = {"eval_data": corpus, "eval_blocks": 4, "eval_seq_len": 32, "dtype": dtype}
     pruned, distilled, quantized = (f"{place}/{name}" for name in ("pruned", "distilled", "quantized"))
     found = {}
@@ -31,7 +31,7 @@ def run(device, place, dense, corpus, dtype):
     stage("prune", PruneConfig(dense_model=dense, output_dir=pruned, calibration_data=corpus, nsamples=8, seq_len=32, **common))
     stage("distill", DistillConfig(
         teacher_model=dense, student_model=pruned, mask_file=pruned, output_dir=distilled, train_data=corpus, seq_len=32,
-        batch_size=2, grad_accum_steps=2, max_steps=3, epochs=2, learning_rate=1e-3, teacher_cache=cache, **common))
+        batch_size=0, grad_accum_steps=4, max_steps=3, epochs=2, learning_rate=1e-3, teacher_cache=cache, **common))
     stage("quantize", QuantizeConfig(model_dir=distilled, output_dir=quantized, mask_file=pruned, **common))
     stage("evaluate", EvaluateConfig(model_dir=quantized, **common))
     return found

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from components.core import device
 from components.core.device import cpu_quota, pick_device, pick_dtype
+from components.core.settings import ANY_GPUS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -59,7 +60,25 @@ def test_threads_are_as_many_as_the_container_may_use(monkeypatch):
     try:
         for allowed, expected in ((None, before), (before + 1, before), (1, 1)):
             monkeypatch.setattr(device, "cpu_quota", lambda allowed=allowed: allowed)
-            pick_device()
+            pick_device(ANY_GPUS)
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "visible", "expected"),
+    [(ANY_GPUS, 0, "cpu"), (ANY_GPUS, 2, "cuda"), (0, 0, "cpu"), (0, 2, "cpu"), (1, 2, "cuda"), (2, 2, "cuda")],
+)
+def test_gpus_are_used_as_asked(monkeypatch, wanted, visible, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert pick_device(wanted).type == expected
+
+
+@pytest.mark.parametrize(("wanted", "visible"), [(1, 0), (3, 2)])
+def test_a_missing_gpu_is_an_error(monkeypatch, wanted, visible):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    with pytest.raises(ValueError, match=f"^gpus must be at most the {visible} GPUs that can be used here, got {wanted}$"):
+        pick_device(wanted)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from components.distill.launch import command
 from components.distill.resume import checkpoints as complete
 from tests.conftest import save_pruned
 
+INFINITE = Path(__file__).with_name("infinite_gradient.py")
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
     reason="DeepSpeed and g++ (it builds its CPU communication at first use) are not installed",
@@ -36,7 +38,7 @@ def folder(tmp_path_factory, corpus):
     return folder
 
 
-def start(folder, corpus, name, *more):
+def start(folder, corpus, name, *more, program=("-m", "components.distill")):
     """Start the stage as a command: 20 steps, a global batch of 8 blocks unless `more` says otherwise."""
     flags = {
         "teacher_model": folder / "dense",
@@ -53,7 +55,7 @@ def start(folder, corpus, name, *more):
         "learning_rate": 1e-3,
         "weight_decay": 0.1,
     }
-    line = [sys.executable, "-m", "components.distill", *(f"--{key}={value}" for key, value in flags.items()), *more]
+    line = [sys.executable, *program, *(f"--{key}={value}" for key, value in flags.items()), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -114,6 +116,35 @@ def test_fsdp_is_like_one_process(folder, corpus, launcher):
     printed = finished(start(folder, corpus, f"fsdp-{launcher}", *two("fsdp", launcher)))
     check_like_one(folder, f"fsdp-{launcher}")
     assert printed.count("[PPL] epoch=1 eval_ppl=") == 1  # only one process prints
+
+
+@pytest.mark.parametrize("sync", ["always", "never"])
+def test_fsdp_with_four_processes_is_like_one(folder, corpus, sync):
+    """With gradients that are added up over the processes after each forward pass, or once a step."""
+    name = f"fsdp-four-{sync}"
+    four = ("--backend=fsdp", "--launcher=torchrun", "--nproc_per_node=4", "--master_port=29605", "--batch_size=1")
+    finished(start(folder, corpus, name, *four, f"--sync_each_batch={sync}"))
+    check_like_one(folder, name)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_an_infinite_gradient_of_one_process_concerns_all(folder, corpus, dtype):
+    """In float16 all skip the step, as loss scaling means it; otherwise all end, and the weights are as before."""
+    name = f"infinite-{dtype}"
+    program = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", str(INFINITE), "2"]
+    how = ("--backend=fsdp", "--batch_size=1", "--max_steps=5", f"--dtype={dtype}")
+    process = start(folder, corpus, name, *how, program=program)
+    if dtype == "float32":
+        said = finished(process, code=1)
+        assert "error: the gradient must be finite, its norm is inf: lower learning_rate or use another dtype" in said
+        assert not (folder / name).exists()
+        return
+    finished(process)
+    steps = json.loads((folder / name / "distill_stats.json").read_text())["details"]["steps"]
+    assert [number for number, step in enumerate(steps, start=1) if "grad_norm" not in step] == [3]
+    found = load_file(folder / name / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in found.values())
+    assert integrity(found, load_mask(folder / "pruned"))["passed"]
 
 
 @needs_deepspeed
