@@ -29,6 +29,7 @@ def distill(
     nproc_per_node: int,
     master_port: int,
     deepspeed_config: str,
+    sync_each_batch: str,
     gradient_checkpointing: bool,
     teacher_cache: str,
     keep_best: bool,

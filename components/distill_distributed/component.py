@@ -53,6 +53,7 @@ def distill_distributed(
     weight_decay: float,
     kl_direction: str,
     nproc_per_node: int,
+    sync_each_batch: str,
     gradient_checkpointing: bool,
     teacher_cache: str,
     keep_best: bool,
