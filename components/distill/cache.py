@@ -24,6 +24,7 @@ from components.distill.backends import SingleProcess
 from components.distill.config import DistillConfig
 
 STATES = "states"  # the file in the folder of a cache
+WALK_BYTES = 2 * 10**9  # of hidden states that a process computes at a time, on each of two files
 
 
 def cache_name(folder: Path, blocks: Tensor, dtype: torch.dtype, device: torch.device) -> str:
@@ -107,6 +108,11 @@ def missing_bytes(folder: Path, shape: tuple[int, int, int]) -> int:
     return 0 if file.is_file() and file.stat().st_size == size else size
 
 
+def walk_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
+    """How much disk the hidden states take while they are computed, by all processes of this machine. Arguments as above."""
+    return 2 * min(launch.processes_here() * WALK_BYTES, math.prod(shape) * dtype.itemsize)
+
+
 @contextlib.contextmanager
 def teacher_cache(
     config: DistillConfig, teacher_folder: Path, blocks: Tensor, dtype: torch.dtype, backend: SingleProcess
@@ -130,7 +136,8 @@ def teacher_cache(
     if launch.is_first_here():
         size = missing_bytes(folder, shape)
         share = f", {size / 1e9:.2f} GB of it for teacher_cache"
-        check_room("output_dir", config.output_dir, weight_bytes(config.student_model) + size, share)
+        later = max(weight_bytes(config.student_model), walk_bytes(shape, dtype))  # of which the one is gone before the other
+        check_room("output_dir", config.output_dir, size + later, share)
     else:
         backend.barrier()  # the first process here reserves the space
     cache = Cache(folder, shape)

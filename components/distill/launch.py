@@ -41,9 +41,19 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def processes_here() -> int:
+    """How many processes train together on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def rank_here() -> int:
+    """This process's number among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_first_here() -> bool:
     """Whether this process is the first on its machine."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return rank_here() == 0
 
 
 def command(config: DistillConfig, cuda: bool) -> list[str]:

@@ -6,7 +6,6 @@ They are computed before training, by a walk through the teacher, of which only 
 """
 
 import copy
-import os
 import shutil
 from pathlib import Path
 
@@ -19,10 +18,9 @@ from components.core.progress import log
 from components.core.walk.measure import walk_through
 from components.core.walk.walk import ReplayError, Walk
 from components.core.walk.work import Work
+from components.distill import launch
 from components.distill.backends import SingleProcess
-from components.distill.cache import Cache
-
-WALK_BYTES = 2 * 10**9  # of hidden states that are on their way at a time, on each of two files
+from components.distill.cache import WALK_BYTES, Cache
 
 
 class Teacher:
@@ -92,7 +90,7 @@ def compute_states(
 
     Arguments as for `make_teacher`.
     """
-    processes, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    processes, rank = launch.processes_here(), launch.rank_here()
     fits = WALK_BYTES // (cache.states.shape[1:].numel() * dtype.itemsize)
     size = max(1, min(fits, -(-len(used) // processes)))
     shares = [rows for number, rows in enumerate(used.split(size)) if number % processes == rank]

@@ -145,6 +145,20 @@ def test_model_and_cache_must_have_room_together_before_any_weights_are_read(pru
     assert list(tmp_path.iterdir()) == []
 
 
+def test_hidden_states_on_their_way_are_counted(pruned, corpus, tmp_path, monkeypatch):  # noqa: F811
+    """Those of each process of the machine, up to a limit; before the model is written they are gone."""
+    assert module.walk_bytes((10, 20, 30), torch.float32) == 2 * 4 * 10 * 20 * 30
+    monkeypatch.setattr(module, "WALK_BYTES", 1000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert module.walk_bytes((10, 20, 30), torch.float32) == 2 * 3 * 1000
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(module, "WALK_BYTES", 10**18)
+    monkeypatch.setattr(module, "cache_bytes", lambda _: 10**14)
+    monkeypatch.setattr(module, "walk_bytes", lambda *_: 10**15)
+    with pytest.raises(ValueError, match=r"output_dir needs about 1100000\.00 GB of disk"):
+        run(settings(pruned, corpus, tmp_path / "out", teacher_cache="always"))
+
+
 @pytest.mark.parametrize("part", ["open_model", "make_teacher", "Trainer"])
 def test_a_run_that_is_stopped_while_it_loads_leaves_no_cache(pruned, corpus, tmp_path, monkeypatch, part):  # noqa: F811
     def stopped(*_):
