@@ -6,7 +6,7 @@ Han et al., "Learning both Weights and Connections for Efficient Neural Networks
 import torch
 from torch import Tensor
 
-from components.core.mask.mask import pruned_count
+from components.prune.selection import keep_largest
 
 
 @torch.no_grad()
@@ -22,10 +22,5 @@ def magnitude(weight: Tensor, sparsity: float, n_of_m: tuple[int, int] | None = 
         (float32 pruned weight [out, in], bool mask [out, in], True = kept).
     """
     weight = weight.detach().float()
-    if n_of_m:
-        groups, count = weight.reshape(-1, n_of_m[1]), n_of_m[1] - n_of_m[0]  # [rows · in / M, M]
-    else:
-        groups, count = weight.reshape(1, -1), pruned_count(sparsity, weight.numel())
-    lowest = groups.abs().topk(count, dim=1, largest=False, sorted=False).indices
-    kept = torch.ones_like(groups, dtype=torch.bool).scatter(1, lowest, False).view_as(weight)
+    kept = keep_largest(weight.abs(), sparsity, n_of_m)
     return weight * kept, kept

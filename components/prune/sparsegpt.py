@@ -14,8 +14,8 @@ product.
 Layers with the same inputs (q, k and v; gate and up) have the same U, so they are pruned in one pass, each with its own mask.
 
 Unlike in the public reference implementation, exactly `pruned_count(sparsity, numel)` weights are removed, even if scores are
-tied, and a Hessian that is not positive definite is damped more strongly, which is logged, or else rejected. All arithmetic is
-float32.
+tied, and a Hessian that is not positive definite is damped more strongly or factorized in float64, which is logged, or else
+rejected. All other arithmetic is float32.
 """
 
 from collections.abc import Sequence
@@ -24,37 +24,7 @@ import torch
 from torch import Tensor
 
 from components.core.mask.mask import pruned_count
-from components.core.progress import log
-
-DAMPING_TRIES = 3  # each with ten times the damping of the one before
-
-
-def inverse_factor(hessian: Tensor, damping: float, what: str) -> Tensor:
-    """Upper Cholesky factor U of the inverse of the damped Hessian, H⁻¹ = UᵀU.
-
-    Args:
-        hessian: float32 [in, in] with a positive diagonal.
-        damping: fraction of the diagonal's mean to add to the diagonal.
-        what: the layer's name, for messages.
-
-    Raises:
-        ValueError: the Hessian is not positive definite even with the strongest damping tried.
-    """
-    upper: Tensor
-    for attempt in range(DAMPING_TRIES):
-        used = damping * 10**attempt
-        damped = hessian.clone()
-        damped.diagonal().add_(used * hessian.diagonal().mean())
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and torch.isfinite(upper).all():
-                if attempt:
-                    log(f"{what}: the Hessian needed damping {used:g} instead of {damping:g}")
-                return upper
-    raise ValueError(
-        f"damping must make the Hessian positive definite, {used:g} did not for {what}: use more or other calibration text"
-    )
+from components.prune.conditioning import Factor, inverse_factor
 
 
 @torch.no_grad()
@@ -66,6 +36,7 @@ def sparsegpt(
     *,
     damping: float = 0.01,
     block_size: int = 128,
+    normalise: bool = False,
     what: str = "layer",
 ) -> list[tuple[Tensor, Tensor]]:
     """Prune linear layers that have the same inputs, each to the same sparsity.
@@ -77,6 +48,7 @@ def sparsegpt(
         n_of_m: keep N of every M consecutive weights in a row, instead of choosing across the whole block of columns.
         damping: see `inverse_factor`.
         block_size: columns whose mask is chosen together; a multiple of M.
+        normalise: see `inverse_factor`.
         what: the layers' names, for messages.
 
     Returns:
@@ -85,14 +57,18 @@ def sparsegpt(
     Raises:
         ValueError: see `inverse_factor`.
     """
+    return visit_columns(weights, inverse_factor(hessian, damping, what, normalise), sparsity, n_of_m, block_size)
+
+
+def visit_columns(
+    weights: Sequence[Tensor], hessian: Factor, sparsity: float, n_of_m: tuple[int, int] | None, block_size: int = 128
+) -> list[tuple[Tensor, Tensor]]:
+    """What `sparsegpt` does with the factorized Hessian; the other arguments and the result are the same."""
     rows = [len(weight) for weight in weights]
     # transposed, so that a column of the weights is contiguous memory: [in, out of all layers]
     columns = torch.cat([weight.detach().float() for weight in weights]).T.contiguous()
-    hessian = hessian.clone()
-    dead = hessian.diagonal() == 0  # inputs that are always zero: their weights have no effect
-    hessian.diagonal()[dead] = 1
-    columns[dead] = 0
-    factor = inverse_factor(hessian, damping, what)
+    columns[hessian.dead] = 0  # weights without effect, which are the first to be removed
+    factor = hessian.upper
     kept = torch.ones_like(columns, dtype=torch.bool)
     removed = [0] * len(rows)
     for start in range(0, len(columns), block_size):

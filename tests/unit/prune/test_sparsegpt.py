@@ -6,14 +6,7 @@ import torch
 from components.core.mask.mask import pruned_count
 from components.prune import sparsegpt as method
 from components.prune.magnitude import magnitude
-
-
-def layer(rows: int, columns: int, seed: int = 0, samples: int = 200):
-    """A weight [rows, columns] and the Hessian of correlated inputs, float64."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
-    inputs = torch.randn(samples, columns, generator=generator, dtype=torch.float64) @ mix
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float64), 2 / samples * inputs.T @ inputs
+from tests.unit.prune.layers import layer
 
 
 def sparsegpt(weight, hessian, *args, **kwargs):

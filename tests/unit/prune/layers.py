@@ -1,0 +1,43 @@
+"""Layers to prune: weights, and Hessians of inputs like those of a model or worse."""
+
+import torch
+from torch import Tensor
+
+
+def layer(rows: int, columns: int, seed: int = 0, samples: int = 200) -> tuple[Tensor, Tensor]:
+    """A weight [rows, columns] and the Hessian of correlated inputs, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(samples, columns, generator=generator, dtype=torch.float64) @ mix
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64), 2 / samples * inputs.T @ inputs
+
+
+def awkward_layer(kind: str, rows: int = 6, columns: int = 24) -> tuple[Tensor, Tensor]:
+    """A layer, float32, of one of the kinds in `AWKWARD`."""
+    weight, hessian = layer(rows, columns, samples=10 if kind == "fewer tokens than inputs" else 200)
+    if kind == "dead inputs":
+        hessian[[3, 8]] = 0
+        hessian[:, [3, 8]] = 0
+    if kind == "a sink":
+        sink = torch.zeros(columns, dtype=torch.float64)
+        sink[5] = 1e4
+        hessian += torch.outer(sink, sink)
+    return weight.float(), hessian.float()
+
+
+AWKWARD = ("plain", "fewer tokens than inputs", "dead inputs", "a sink")
+
+
+def error_of(dense: Tensor, sparse: Tensor, hessian: Tensor) -> float:
+    """‖WX − ŴX‖² in float64, up to the factor in the Hessian."""
+    change = (sparse - dense).double()
+    return float(((change @ hessian.double()) * change).sum())
+
+
+def inputs_with_a_sink(tokens: int, width: int) -> Tensor:
+    """Correlated inputs [tokens, width]; the first four tokens have values a thousand times as large in three inputs."""
+    generator = torch.Generator().manual_seed(0)
+    strong = torch.randn(tokens, 8, generator=generator) @ torch.randn(8, width, generator=generator)
+    inputs = strong + torch.randn(tokens, width, generator=generator)
+    inputs[:4, [3, 17, 40]] *= 1000
+    return inputs

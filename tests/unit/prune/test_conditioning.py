@@ -1,0 +1,95 @@
+"""Damping and factors of Hessians that are singular, lopsided or damaged, and exact counts of weights to keep."""
+
+import pytest
+import torch
+
+from components.core.mask.mask import pruned_count
+from components.prune.conditioning import inverse_factor
+from components.prune.selection import keep_largest
+from components.prune.sparsegpt import sparsegpt
+from tests.unit.prune.layers import AWKWARD, awkward_layer, error_of, inputs_with_a_sink, layer
+
+
+@pytest.mark.parametrize("kind", AWKWARD)
+@pytest.mark.parametrize("normalise", [False, True])
+def test_the_factor_is_that_of_the_damped_inverse(kind, normalise):
+    _, hessian = awkward_layer(kind)
+    found = inverse_factor(hessian, 0.01, "layer", normalise)
+    damped = hessian.double()
+    damped.diagonal()[damped.diagonal() == 0] = 1
+    damped.diagonal().add_(0.01 * (damped.diagonal().clone() if normalise else damped.diagonal().mean()))
+    scales = damped.diagonal().sqrt()
+    upper = found.upper.double() * scales
+    assert torch.equal(found.upper, found.upper.triu())
+    identity = upper.T @ upper @ (damped / scales / scales[:, None])
+    torch.testing.assert_close(identity, torch.eye(len(hessian), dtype=torch.float64), rtol=0, atol=1e-3)
+    assert 1 <= found.condition <= 1.01 * float(torch.linalg.cond(damped))
+    assert found.dead.nonzero()[:, 0].tolist() == ([3, 8] if kind == "dead inputs" else [])
+    assert found.damping == 0.01
+
+
+def test_without_trouble_the_factor_is_bit_for_bit_the_plain_one():
+    _, hessian = awkward_layer("plain")
+    damped = hessian + torch.diag(torch.full((len(hessian),), 0.01 * float(hessian.diagonal().mean())))
+    plain = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    assert torch.equal(inverse_factor(hessian, 0.01, "layer").upper, plain)
+
+
+def test_damping_is_raised_where_the_hessian_needs_it(capsys):
+    hessian = torch.eye(8) - 0.6 * torch.eye(8).roll(1, 0) - 0.6 * torch.eye(8).roll(-1, 0)  # eigenvalues from -0.2
+    found = inverse_factor(hessian, 0.03, "my.layer")
+    assert found.damping == 0.3
+    assert "my.layer: the Hessian needed damping 0.3 instead of 0.03" in capsys.readouterr().out
+
+
+def test_float64_is_used_where_float32_rounds_too_much(capsys):
+    column = torch.arange(1.0, 9.0)
+    found = inverse_factor(torch.outer(column, column), 1e-11, "my.layer")  # of rank 1, and without rounding itself
+    assert found.damping == 1e-11
+    assert found.condition > 1e9
+    assert "damping 1e-11 and float64 instead of 1e-11" in capsys.readouterr().out
+
+
+def test_damping_each_entry_does_not_depend_on_the_scale_of_the_inputs():
+    weight, hessian = (part.float() for part in layer(6, 24))
+    scales = 2.0 ** torch.arange(-12, 12)
+    ((plain, plain_kept),) = sparsegpt([weight], hessian, 0.7, normalise=True)
+    ((scaled, scaled_kept),) = sparsegpt([weight / scales], hessian * scales * scales[:, None], 0.7, normalise=True)
+    assert torch.equal(scaled_kept, plain_kept)
+    torch.testing.assert_close(scaled * scales, plain)
+
+
+def test_damping_each_entry_is_not_drowned_by_a_sink():
+    """Four tokens of a thousand have activations a thousand times as large in three inputs."""
+    inputs = inputs_with_a_sink(1000, 128)
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(1))
+    ordinary = inputs[4:].T @ inputs[4:]
+    errors = {}
+    for normalise in (False, True):
+        ((found, _),) = sparsegpt([weight], 2 / 1000 * inputs.T @ inputs, 0.7, normalise=normalise)
+        errors[normalise] = error_of(weight, found, ordinary)
+    assert errors[True] < 0.7 * errors[False]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.3333, 0.7, 0.999])
+@pytest.mark.parametrize("shape", [(7, 13), (1, 16), (16, 1)])
+def test_exactly_as_many_are_kept_as_asked_for(shape, sparsity):
+    generator = torch.Generator().manual_seed(0)
+    for scores in (
+        torch.rand(shape, generator=generator),
+        torch.randint(3, shape, generator=generator).float(),
+        torch.ones(shape),
+    ):
+        kept = keep_largest(scores, sparsity, None)
+        order = sorted(range(scores.numel()), key=lambda place: (float(scores.flatten()[place]), place))
+        removed = order[: pruned_count(sparsity, scores.numel())]
+        assert (~kept.flatten()).nonzero()[:, 0].tolist() == sorted(removed)
+
+
+@pytest.mark.parametrize("n_of_m", [(2, 4), (4, 8), (1, 4)])
+def test_n_of_m_are_kept_of_each_group(n_of_m):
+    scores = torch.rand(5, 32, generator=torch.Generator().manual_seed(0))
+    kept = keep_largest(scores, 1 - n_of_m[0] / n_of_m[1], n_of_m)
+    for group, flags in zip(scores.view(-1, n_of_m[1]), kept.view(-1, n_of_m[1]), strict=True):
+        assert set(flags.nonzero()[:, 0].tolist()) == set(group.argsort()[-n_of_m[0] :].tolist())
+    assert (keep_largest(torch.ones(5, 32), 0.5, n_of_m).view(-1, n_of_m[1]).sum(1) == n_of_m[0]).all()
