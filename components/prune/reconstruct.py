@@ -1,0 +1,89 @@
+"""Block reconstruction: train the weights that are kept in a decoder block, so that it gives what the dense block gave.
+
+Guo et al., "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs", 2024. Layer by layer, each linear layer is fitted by
+itself. Here all of a block are trained together, by backpropagation through the block, which therefore may undo in one layer
+what another has lost. The block's inputs are those of the pruned model, and the outputs to reach are the dense block's, so that
+errors of earlier blocks are made good too.
+
+The loss is the relative error of a token's hidden state, the mean over tokens of
+
+    ‖block(x) − y‖² / ‖y‖²,
+
+for y [width] of the dense block. The paper has ‖block(x) − y‖²; but the next block normalises every token by itself, and
+without the division the few tokens with massive activations would be all that counts.
+
+Adam with a cosine schedule trains float32 copies of the weights, whatever number format the block has. Gradients are masked, so
+Adam's moments and its steps are zero for removed weights.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from components.core.walk.stream import Batch, run_block
+
+Examples = Callable[[], Iterable[tuple[Batch, Tensor]]]  # for each epoch anew: a batch and what the block should make of it
+
+
+@torch.enable_grad()
+def reconstruct(
+    block: nn.Module, examples: Examples, masks: Mapping[str, Tensor], *, epochs: int = 4, learning_rate: float = 2e-4
+) -> tuple[float, float]:
+    """Train the kept weights of a pruned block, in place.
+
+    Args:
+        block: the block, with its removed weights at zero.
+        examples: gives the batches, each with the output [rows, seq_len, width] that the dense block has for it.
+        masks: name of a parameter of the block → bool mask of its shape, True = kept; other parameters stay as they are.
+        epochs: how often to go through the examples.
+        learning_rate: of Adam, at the beginning.
+
+    Returns:
+        (loss before, loss after). If training has not lowered the loss, the weights are as before, and so is the loss.
+    """
+    weights = [block.get_parameter(name) for name in masks]
+    before, steps = _mean_loss(block, examples)
+    start = [weight.detach().clone() for weight in weights]
+    copies = [weight.to(torch.float32, copy=True).requires_grad_() for weight in start]
+    optimizer = torch.optim.Adam(copies, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    trained = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_()
+    for _ in range(epochs):
+        for batch, wanted in examples():
+            gradients = torch.autograd.grad(relative_error(run_block(block, batch), wanted), weights)
+            for copy, gradient, mask in zip(copies, gradients, masks.values(), strict=True):
+                copy.grad = gradient.float() * mask
+            optimizer.step()
+            schedule.step()
+            _assign(weights, copies)
+    for weight, was_trained in zip(weights, trained, strict=True):
+        weight.requires_grad_(was_trained)
+    after, _ = _mean_loss(block, examples)
+    if after < before:
+        return before, after
+    _assign(weights, start)
+    return before, before
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over tokens of ‖found − wanted‖² / ‖wanted‖², for hidden states [rows, seq_len, width]."""
+    found, wanted = found.float(), wanted.float()
+    size = wanted.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((found - wanted).square().sum(-1) / size).mean()
+
+
+@torch.no_grad()
+def _mean_loss(block: nn.Module, examples: Examples) -> tuple[float, int]:
+    """(Mean of the batches' losses, number of batches)."""
+    losses = [float(relative_error(run_block(block, batch), wanted)) for batch, wanted in examples()]
+    return sum(losses) / len(losses), len(losses)
+
+
+@torch.no_grad()
+def _assign(weights: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Set weights in place."""
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)
