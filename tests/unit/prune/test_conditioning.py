@@ -68,7 +68,7 @@ def test_damping_each_entry_is_not_drowned_by_a_sink():
     for normalise in (False, True):
         ((found, _),) = sparsegpt([weight], 2 / 1000 * inputs.T @ inputs, 0.7, normalise=normalise)
         errors[normalise] = error_of(weight, found, ordinary)
-    assert errors[True] < 0.7 * errors[False]
+    assert errors[True] < 0.8 * errors[False]
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.3333, 0.7, 0.999])
