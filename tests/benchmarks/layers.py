@@ -92,7 +92,10 @@ def load_groups(config: LayersConfig) -> list[Group]:
     cache = Path(config.cache)
     if not cache.is_file():
         torch.save([(group.block, group.weights, group.hessian) for group in compute_groups(config)], cache)
-    return [Group(*parts) for parts in torch.load(cache, weights_only=True)]
+    groups = [Group(*parts) for parts in torch.load(cache, weights_only=True)]
+    if missing := set(config.blocks) - {group.block for group in groups}:
+        raise SystemExit(f"cache must have all blocks, {cache} lacks {sorted(missing)}: remove it, to compute it again")
+    return [group for group in groups if group.block in config.blocks]
 
 
 def refitted(pruned: Pruned, hessian: Tensor, target: Tensor, iterations: int) -> Pruned:
