@@ -12,7 +12,9 @@ The loss is the relative error of a token's hidden state, the mean over tokens o
 for y [width] of the dense block. The paper has ‖block(x) − y‖²; but the next block normalises every token by itself, and
 without the division the few tokens with massive activations would be all that counts.
 
-Adam with a cosine schedule trains float32 copies of the weights, whatever number format the block has. Gradients are masked, so
+Adam with a cosine schedule trains float32 copies of the weights, whatever number format the block has. Its steps are as long as
+the learning rate, however large the weights are, so this is given relative to the size of a matrix's weights, as in Adafactor
+(Shazeer & Stern 2018): the same value then suits matrices and models whose weights differ in size. Gradients are masked, so
 Adam's moments and its steps are zero for removed weights.
 """
 
@@ -28,16 +30,17 @@ Examples = Callable[[], Iterable[tuple[Batch, Tensor]]]  # for each epoch anew: 
 
 @torch.enable_grad()
 def reconstruct(
-    block: nn.Module, examples: Examples, masks: Mapping[str, Tensor], *, epochs: int = 4, learning_rate: float = 2e-4
+    block: nn.Module, examples: Examples, masks: Mapping[str, Tensor], *, epochs: int = 4, learning_rate: float = 0.02
 ) -> tuple[float, float]:
     """Train the kept weights of a pruned block, in place.
 
     Args:
         block: the block, with its removed weights at zero.
         examples: gives the batches, each with the output [rows, seq_len, width] that the dense block has for it.
-        masks: name of a parameter of the block → bool mask of its shape, True = kept; other parameters stay as they are.
+        masks: name of a parameter of the block → bool mask of its shape, True = kept; other parameters stay as they are. A
+            batch may leave some unused, as one without a token for an expert does.
         epochs: how often to go through the examples.
-        learning_rate: of Adam, at the beginning.
+        learning_rate: of Adam, at the beginning, as a fraction of the root mean square of a parameter's kept weights.
 
     Returns:
         (loss before, loss after). If training has not lowered the loss, the weights are as before, and so is the loss.
@@ -46,14 +49,19 @@ def reconstruct(
     before, steps = _mean_loss(block, examples)
     start = [weight.detach().clone() for weight in weights]
     copies = [weight.to(torch.float32, copy=True).requires_grad_() for weight in start]
-    optimizer = torch.optim.Adam(copies, lr=learning_rate)
+    sizes = [
+        float(weight.float().square().sum() / mask.sum()) ** 0.5 for weight, mask in zip(start, masks.values(), strict=True)
+    ]
+    optimizer = torch.optim.Adam(
+        [{"params": [copy], "lr": learning_rate * size} for copy, size in zip(copies, sizes, strict=True)]
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     trained = [weight.requires_grad for weight in weights]
     for weight in weights:
         weight.requires_grad_()
     for _ in range(epochs):
         for batch, wanted in examples():
-            gradients = torch.autograd.grad(relative_error(run_block(block, batch), wanted), weights)
+            gradients = torch.autograd.grad(token_error(run_block(block, batch), wanted), weights, materialize_grads=True)
             for copy, gradient, mask in zip(copies, gradients, masks.values(), strict=True):
                 copy.grad = gradient.float() * mask
             optimizer.step()
@@ -68,7 +76,7 @@ def reconstruct(
     return before, before
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+def token_error(found: Tensor, wanted: Tensor) -> Tensor:
     """Mean over tokens of ‖found − wanted‖² / ‖wanted‖², for hidden states [rows, seq_len, width]."""
     found, wanted = found.float(), wanted.float()
     size = wanted.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -78,7 +86,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
 @torch.no_grad()
 def _mean_loss(block: nn.Module, examples: Examples) -> tuple[float, int]:
     """(Mean of the batches' losses, number of batches)."""
-    losses = [float(relative_error(run_block(block, batch), wanted)) for batch, wanted in examples()]
+    losses = [float(token_error(run_block(block, batch), wanted)) for batch, wanted in examples()]
     return sum(losses) / len(losses), len(losses)
 
 

@@ -49,11 +49,12 @@ def swap(
     Returns:
         (float32 weight [out, in], mask [out, in]); every row keeps as many weights as before, and none has a larger error.
     """
-    weight, descent = weight.detach().float() * mask, target - (weight.detach().float() * mask) @ hessian
-    pieces = max(1, AT_A_TIME // (hessian.shape[1] * candidates))  # rows
+    weight = weight.detach().float() * mask
+    descent = target - weight @ hessian
+    rows = max(1, AT_A_TIME // (len(hessian) * candidates))
     parts = [
         _swap_rows(*part, hessian, n_of_m[1] if n_of_m else len(hessian), rounds, candidates)
-        for part in zip(weight.split(pieces), mask.split(pieces), descent.split(pieces), strict=True)
+        for part in zip(weight.split(rows), mask.split(rows), descent.split(rows), strict=True)
     ]
     found, kept = (torch.cat(part) for part in zip(*parts, strict=True))
     keep = lowered(weight, found, descent, hessian)
