@@ -1,6 +1,5 @@
 """The prune stage: check, prune block by block, and write the sparse model with its mask and record."""
 
-import contextlib
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from components.core.checkpoint.loading import load_tokenizer
 from components.core.checkpoint.saving import finish_checkpoint, part_file
 from components.core.checks import parse_pattern
 from components.core.device import pick_device, pick_dtype
-from components.core.files import check_new, check_room, new_file, resumable_directory, sample_fingerprint
+from components.core.files import check_new, check_room, resumable_directory, sample_fingerprint
 from components.core.history import StageRecord, Stopwatch, versions, write_history
 from components.core.mask.file import MASK_FILE
 from components.core.mask.integrity import combined
@@ -65,10 +64,8 @@ def run(config: PruneConfig) -> StageRecord:
     dtype = pick_dtype(config.dtype, device, folder)
     walk = Walk("dense_model", folder, dtype, device, config.trust_remote_code)
     ids = [calibration.ids, *([evaluation.ids] if evaluation else [])]
-    # the mask outside the folder appears after the folder: if one fails, neither is left
-    mask_outside = new_file(config.mask_file) if config.mask_file else contextlib.nullcontext()
     key = work_key(depends_on(config, folder, ids, walk))
-    with mask_outside as mask_file, resumable_directory("output_dir", config.output_dir, key) as (output, place):
+    with resumable_directory("output_dir", config.output_dir, key, config.mask_file) as (output, place):
         work = Work(place, "pruning")
         if not work.results:
             texts = [calibration.ids, *([evaluation.ids] * 2 if evaluation else [])]
@@ -88,7 +85,8 @@ def run(config: PruneConfig) -> StageRecord:
         parts = [part_file(place, number) for number in range(walk.parts)]
         finish_checkpoint(walk.model, tokenizer, parts, dtype, output)
         masks = [mask_part(place, index) for index in range(len(walk.blocks))]
-        join_mask(masks, mask_file or output / MASK_FILE, config.pattern, config.sparsity, shapes)
+        mask_file = place / Path(config.mask_file).name if config.mask_file else output / MASK_FILE
+        join_mask(masks, mask_file, config.pattern, config.sparsity, shapes)
         result.measured |= watch.read()
         write_history(output, source_history(config.dense_model, folder), result, folder)
     log(f"pruned to {result.measured['sparsity']:.4f} sparsity in {result.measured['seconds']:.0f} s: {config.output_dir}")

@@ -22,11 +22,12 @@ TEXT = ["--nsamples", "8", "--seq_len", "512"]
 EVALUATION = ["--eval_blocks", "8", "--eval_seq_len", "512", "--eval_data", "builtin:python-docs"]
 # runs `main` of a stage's package, or nothing, and prints the peak of the whole process
 PROGRAM = """
-import resource, runpy, sys
+import runpy, sys
+from components.core.history import peak_memory
 import components.{stage}.stage, components.core.cli, optimum.quanto
 if len(sys.argv) > 1:
     runpy.run_module("components.{stage}", run_name="__main__", alter_sys=False)
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print("peak", peak_memory())
 """
 
 

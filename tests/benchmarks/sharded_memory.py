@@ -20,23 +20,21 @@ from tests.benchmarks.models import make_model
 GOAL = 0.45
 MOMENTS = ("loading", "training", "saving")
 PROGRAM = """
-import json, os, resource, runpy, sys
+import json, os, runpy
+from components.core.history import peak_memory
 import components.distill.stage as stage
 from components.distill.loop import Trainer
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-imports, peaks = peak(), {}
+imports, peaks = peak_memory(), {}
 fit, step = Trainer.fit, Trainer.step
 def loaded(self):
-    peaks["loading"] = peak() - imports
+    peaks["loading"] = peak_memory() - imports
     result = fit(self)
-    peaks["training"] = peak() - imports
+    peaks["training"] = peak_memory() - imports
     return result
 Trainer.fit = loaded
 runpy.run_module("components.distill", run_name="__main__", alter_sys=False)
-peaks["saving"] = peak() - imports
+peaks["saving"] = peak_memory() - imports
 with open(f"{os.environ['PEAKS']}-{os.environ.get('RANK', '0')}.json", "w") as file:
     json.dump(peaks, file)
 """
