@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,9 +91,9 @@ class Cache:
         self.known = whole[-shape[0] :]
 
     def remove(self) -> None:
-        """Delete the cache from disk."""
+        """Delete the cache from disk, unless another run uses it, which then does so."""
         self._lock.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_unused([self.folder])
 
 
 def cache_bytes(shape: tuple[int, int, int]) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from components.core.checkpoint.loading import load_model, open_model
+from components.core.locks import LOCK, turn
 from components.core.perplexity import decoder_and_head
 from components.core.progress import log
 from components.core.walk.measure import walk_through
@@ -116,11 +117,14 @@ def compute_states(
 
 
 def fill(walk: Walk, blocks: Tensor, rows: Tensor, cache: Cache, what: str) -> None:
-    """Compute the states of some training blocks, and put them into the cache."""
+    """Compute the states of some training blocks, and put them into the cache, unless a run beside this one has done so."""
     place = cache.folder / f"walk-{int(rows[0])}-{len(rows)}"
-    stream = walk_through(walk, blocks[rows], Work(place, what), what)
-    with walk.outside():
-        for part, states in walk.outputs(stream):
-            cache.states[rows[part.start : part.stop]] = states.to(torch.bfloat16).cpu()
-    cache.known[rows] = 1
-    shutil.rmtree(place)
+    with turn(place.with_suffix(LOCK), what):
+        if bool(cache.known[rows].all()):
+            return
+        stream = walk_through(walk, blocks[rows], Work(place, what), what)
+        with walk.outside():
+            for part, states in walk.outputs(stream):
+                cache.states[rows[part.start : part.stop]] = states.to(torch.bfloat16).cpu()
+        cache.known[rows] = 1
+        shutil.rmtree(place)
