@@ -45,7 +45,7 @@ def gpus_needed(shape: Shape, **changes: Any) -> int:
 
 def sizes() -> str:
     """What each stage takes of models of several sizes, and the terms of the largest."""
-    rows = ["| model | stage | GPUs of 80 GB | memory of each GPU | memory of a pod | disk of a pod |", "|---|---|---|---|---|---|"]
+    rows = ["| model | stage | GPUs of 80 GB | of each GPU | memory of a pod | disk of a pod |", "|---|---|---|---|---|---|"]
     for model, shape in MODELS.items():
         for stage in ("prune", "quantize"):
             rows.append(_row(model, stage, 1, STAGES[stage](shape, defaults("compress"))))

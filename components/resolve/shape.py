@@ -138,7 +138,7 @@ def llama_tensors(
     }
     outside = ["model.embed_tokens.weight"] if tied else ["model.embed_tokens.weight", "lm_head.weight"]
     made = {f"model.layers.{index}.{name}.weight": shape for index in range(blocks) for name, shape in block.items()}
-    return {name: (shape, kind) for name, shape in (made | dict.fromkeys(outside, [vocabulary, width])).items()}
+    return {name: (shape, kind) for name, shape in (made | {name: [vocabulary, width] for name in outside}).items()}
 
 
 def model_shape(model_id: str, revision: str) -> Shape:

@@ -95,7 +95,7 @@ def prune(shape: Shape, run: Mapping[str, Any]) -> Need:
 def quantize(shape: Shape, run: Mapping[str, Any]) -> Need:
     """What the stage takes that quantizes to one format. Arguments as for `prune`."""
     size, gpus = number_bytes(run, "quantize"), run["quantize_gpus"]
-    quantizing = {  # on the CPU in any case
+    quantizing: Terms = {  # on the CPU in any case
         "a block": shape.block * size,
         "the quantized block": shape.block,
         "masks of a block": shape.block,
@@ -181,7 +181,7 @@ def walking(shape: Shape, run: Mapping[str, Any], size: int) -> tuple[Terms, Ter
 
 def batch(shape: Shape, run: Mapping[str, Any], size: int) -> float:
     """Bytes of the texts that go through a block together: inputs and outputs of its matrices, and what attention may see."""
-    longest = max(run["seq_len"], run["eval_seq_len"])
+    longest: int = max(run["seq_len"], run["eval_seq_len"])
     tokens = max(TOKENS_PER_FORWARD, longest)
     return tokens * (shape.features * size + shape.widest * 4) + longest**2 * size
 
@@ -193,7 +193,7 @@ def logits(shape: Shape) -> float:
 
 def activations(shape: Shape, run: Mapping[str, Any], size: int) -> float:
     """Bytes that the backward pass of distillation needs: of each block, or of one and the hidden states before each."""
-    tokens = max(1, run["distill_batch_size"]) * run["seq_len"]
+    tokens: int = max(1, run["distill_batch_size"]) * run["seq_len"]
     block = shape.features * size + NORMS * shape.width * 4
     return tokens * (block + shape.blocks * shape.width * 4 if run["distill_gradient_checkpointing"] else shape.blocks * block)
 
