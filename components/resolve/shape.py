@@ -76,8 +76,8 @@ def shape_of(tensors: Tensors) -> Shape:
     decoder = max(weights, key=lambda own: weights[own], default=None)
     blocks = list(lists.pop(decoder).values()) if decoder is not None else []
     others = [shape for entries in lists.values() for shapes in entries.values() for shape in shapes]
-    words = max(_matrices(others), key=math.prod, default=None)
-    if not _matrices(*blocks) or words is None:
+    words = max(_matrices(others), key=math.prod, default=[0, 0])
+    if decoder is None or not weights[decoder] or not math.prod(words):
         raise ValueError("its tensors are not those of a decoder: numbered blocks with matrices, and embeddings")
     return Shape(
         parameters=_weights(others) + sum(_weights(block) for block in blocks),
@@ -155,7 +155,7 @@ def model_shape(model_id: str, revision: str) -> Shape:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
-    with readable("its files have no headers that can be read"):
+    with readable("the headers of its files cannot be used"):
         found = from_hub("model_id", model_id, lambda: HfApi().get_safetensors_metadata(model_id, revision=revision))
-    files = found.files_metadata.values()
-    return shape_of({name: (tensor.shape, tensor.dtype) for file in files for name, tensor in file.tensors.items()})
+        files = found.files_metadata.values()
+        return shape_of({name: (tensor.shape, tensor.dtype) for file in files for name, tensor in file.tensors.items()})

@@ -9,8 +9,8 @@ hidden states of whole texts lie on disk. Distillation holds whole models, divid
 On a GPU all of this lies in its memory, and the host holds a part of the weights while it is read or written. On a CPU the host
 holds it all. A stage has phases, of which the one that takes most decides.
 
-What a CPU holds is compared with peaks by tests/benchmarks/memory.py, and activations by a test. `PROCESS_ON_GPU` and `DEVICE` are
-estimates.
+What a CPU holds is compared with peaks by tests/benchmarks/memory.py, and activations by a test. What is said of GPUs is not
+measured.
 """
 
 from collections.abc import Mapping

@@ -61,7 +61,8 @@ def memory_limits(values: Mapping[str, Any], model_id: str, revision: str) -> di
         if limits[name] == AUTO:
             limits[name] = limit(total(need.host))
         memory, gpu, disk = (f"{total(terms) / 1e9:.1f} GB" for terms in (need.host, need.gpu, need.disk))
-        log(f"{stage}: {limits[name]} of memory; about {memory}, {gpu} of each GPU and {disk} of disk are needed")
+        on_gpu = f", {gpu} of each GPU" if need.gpu else ""
+        log(f"{stage}: {limits[name]} of memory; about {memory}{on_gpu} and {disk} of disk are needed")
     return limits
 
 

@@ -126,8 +126,10 @@ def test_a_model_whose_sizes_are_not_known_gets_the_memory_of_an_average_one(
     assert line.startswith(f"the pods have the memory of an average model, since the sizes of {folder} are not known: ")
 
 
-def test_the_memory_follows_the_parameters_of_its_stage(start):
+def test_the_memory_follows_the_parameters_of_its_stage(start, capsys):
     on_gpus, on_cpus = start("compress"), start("compress", prune_gpus=0, distill_gpus=0, quantize_gpus=0)
+    printed = capsys.readouterr().out.splitlines()
+    assert ["of each GPU" in line for line in printed] == [True] * 3 + [False] * 3
     for name in MEMORY:  # CUDA's libraries take more than a tiny model
         assert int(on_cpus[name].removesuffix("Gi")) < int(on_gpus[name].removesuffix("Gi"))
 

@@ -97,6 +97,8 @@ def test_of_several_lists_the_one_with_the_most_weights_is_the_decoder():
         {"embed.weight": ([100, 4], "F32")},
         {"embed.weight": ([100, 4], "F32"), "layers.0.norm.weight": ([4], "F32")},
         {"layers.0.up.weight": ([8, 4], "F32")},
+        {"embed.weight": ([100, 4], "F32"), "layers.0.up.weight": ([0, 4], "F32")},
+        {"embed.weight": ([100, 0], "F32"), "layers.0.up.weight": ([8, 4], "F32")},
     ],
 )
 def test_what_is_no_decoder_is_told(tensors):
