@@ -71,7 +71,7 @@ def _typed(name: str, kind: type, value: Any) -> Any:
 
 
 def check_run(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the values of a run of one of the two pipelines where it runs; returns them in their types.
+    """Check the values of a run of one of the two pipelines where it runs; returns those of all parameters in their types.
 
     Args:
         given: parameter → value, as for `converted`; what is missing has its default.
@@ -81,10 +81,11 @@ def check_run(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     pipeline = pipeline_of(given)
     made = parameters(GROUPS[pipeline])
-    values = converted(pipeline, {entry.name: get_origin(entry.type) or entry.type for entry in made}, given)
-    for entry in made:
-        if entry.default is Parameter.empty and entry.name not in values:
-            raise ValueError(f"{entry.name} must be given: {pipeline} has no default for it")
+    values = {entry.name: entry.default for entry in made}
+    values |= converted(pipeline, {entry.name: get_origin(entry.type) or entry.type for entry in made}, given)
+    for name, value in values.items():
+        if value is Parameter.empty:
+            raise ValueError(f"{name} must be given: {pipeline} has no default for it")
     check_parameters(GROUPS[pipeline], values, on_this_machine=False)
     return values
 

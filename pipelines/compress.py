@@ -62,6 +62,9 @@ def stages(
     for task in (resolved, fetched, tokenized):
         with_hub_secret(task)
 
+    # the first stage knows the model, and so how much memory the pods of the large stages need
+    sizes = {name: resolved.outputs[name] for name in resolve.component_spec.outputs if name.endswith("_memory")}
+    p = SimpleNamespace(**vars(p) | sizes)
     pruned = on_gpu(p, "prune", call(prune, p, dense_model=dense_model, tokens=tokens))
     pruned_model, mask = pruned.outputs["pruned_model"], pruned.outputs["mask"]
 

@@ -65,6 +65,7 @@ def good(checkpoint, corpus, tmp_path):
         ({"cpu": "0m"}, "cpu must be a number of CPUs"),
         ({"memory": "16m"}, "memory must be an amount of memory such as 16Gi, got '16m'"),
         ({"memory": "16GB"}, "memory must be an amount of memory"),
+        ({"memory": "auto"}, "memory must be an amount of memory such as 16Gi, got 'auto'"),  # pipelines pass on an amount
         ({"gpu_type": "gpu"}, "gpu_type must be the name of a resource such as nvidia.com/gpu, got 'gpu'"),
         ({"learning_rate": 0}, "learning_rate must be"),  # a rule of the distill stage
     ],
