@@ -73,9 +73,9 @@ class RemoteCheckpoints:
         Raises:
             OSError: the bucket cannot be read, on all processes; starting from the beginning would be worse than ending here.
         """
-        found = shared(self.backend, lambda: self._whole() if self.backend.rank == 0 else [])
+        found = shared(lambda: self._whole() if self.backend.rank == 0 else [])
         for name in sorted((name for part in found for name in part), key=step_of, reverse=True):
-            faults = shared(self.backend, partial(self._fetch, name))
+            faults = shared(partial(self._fetch, name))
             if not any(faults):
                 return
             if self.backend.rank == 0:
