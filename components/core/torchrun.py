@@ -27,7 +27,7 @@ def main() -> None:
         if failure.exitcode >= 0:
             raise SystemExit(failure.exitcode) from error
         name = signal.Signals(-failure.exitcode).name
-        print(f"error: process {number} of {len(error.failures)} was ended by {name}", file=sys.stderr, flush=True)
+        print(f"error: process {number} was ended by {name}", file=sys.stderr, flush=True)
         raise SystemExit(128 - failure.exitcode) from error
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from error
