@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 STARTED = "STAGE_STARTED"  # the environment's variable by which `start` marks what it starts, with its own process id
 TOLD = (ValueError, OSError, ImportError)  # errors that a user is told in one line, see `components.core.cli`
-PATIENCE = 60.0  # seconds that a process waits to be ended by its launcher, once another has failed
+PATIENCE = 60.0  # seconds that a process waits for its launcher to end it, once another has failed
 
 
 def started_already() -> bool:
@@ -132,7 +132,7 @@ def exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError:  # a lost connection
-        time.sleep(PATIENCE)
+        wait_for_the_end()
         raise
 
 
@@ -159,5 +159,14 @@ def together() -> Iterator[None]:
         raise faults[0]
     if fault and (is_main() or not is_told):
         raise fault
-    time.sleep(PATIENCE)
+    wait_for_the_end()
     raise SystemExit(2)
+
+
+def wait_for_the_end() -> None:
+    """Leave it to another process to say what is wrong, and to clean up; the launcher then ends this one.
+
+    Processes of several machines do not wait: their launchers would learn of the end of one by that of the others.
+    """
+    if STARTED in os.environ:
+        time.sleep(PATIENCE)
