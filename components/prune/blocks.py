@@ -21,7 +21,7 @@ from components.core.progress import track
 from components.core.walk.stream import Stream
 from components.core.walk.walk import Walk
 from components.core.walk.work import SharedWork
-from components.prune.calibration import Group, hessians, observe
+from components.prune.calibration import hessians, observe
 from components.prune.config import PruneConfig
 from components.prune.magnitude import magnitude
 from components.prune.sparsegpt import sparsegpt
@@ -120,21 +120,23 @@ def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: 
         observed = observe(block, texts.calibration.batches(index, walk.device))
     groups = hessians(block, observed, prefix)
     masks: dict[str, Tensor] = {}
-    entries: dict[str, dict[str, Any]] = {}
+    layers: list[dict[str, Any]] = []
     with together():
         for group in groups:
-            if group.process == rank():
-                prune_group(block, group, prefix, masks, entries, config)
+            if group.hessian is not None:
+                for name, (mask, layer) in prune_group(block, group.names, group.hessian, prefix, config).items():
+                    masks[name] = mask
+                    layers.append({"name": f"{prefix}.{name}.weight", "block": index, "linear": name, **layer})
+    kept: dict[str, Tensor] = {}
     for group in groups:
         for name in group.names:
             weight = block.get_parameter(f"{name}.weight").data
-            masks.setdefault(name, torch.empty_like(weight, dtype=torch.bool))
+            mask = masks[name] if name in masks else torch.empty_like(weight, dtype=torch.bool)  # pruned elsewhere
             spread(weight, group.process)
-            spread(masks[name], group.process)
-            masks[name] = masks[name].cpu()
-    told = {name: entry for found in from_all(entries) for name, entry in found.items()}
+            spread(mask, group.process)
+            kept[f"{prefix}.{name}.weight"] = mask.cpu()
+    found = {layer["name"]: layer for layers_of_one in from_all(layers) for layer in layers_of_one}
     with together():
-        kept = {f"{prefix}.{name}.weight": masks[name] for group in groups for name in group.names}
         state = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
         check = integrity(state, Mask(kept, config.pattern, config.sparsity))
         enforce(check)
@@ -144,35 +146,25 @@ def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: 
         for text in (texts.calibration, texts.pruned):
             if text:
                 walk.advance(text, index)
-    layers = [{"name": f"{prefix}.{name}.weight", "block": index, **told[name]} for group in groups for name in group.names]
-    return {"layers": layers, "sparse_integrity_check": check}
+    return {"layers": [found[name] for name in kept], "sparse_integrity_check": check}
 
 
 def prune_group(
-    block: nn.Module,
-    group: Group,
-    prefix: str,
-    masks: dict[str, Tensor],
-    entries: dict[str, dict[str, Any]],
-    config: PruneConfig,
-) -> None:
-    """Prune a block's layers that have the same inputs, and add their masks and what is to be known of them, by name."""
-    assert group.hessian is not None
+    block: nn.Module, names: list[str], hessian: Tensor, prefix: str, config: PruneConfig
+) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+    """Prune a block's layers that have the same inputs, in place; returns name → mask [out, in], and what is to be known."""
     start = time.monotonic()
-    weights = [block.get_parameter(f"{name}.weight").data for name in group.names]
-    found = prune_layers(weights, group.hessian, config, ", ".join(f"{prefix}.{name}" for name in group.names))
-    errors = [relative_error(dense, new, group.hessian) for dense, (new, _) in zip(weights, found, strict=True)]
-    seconds = round((time.monotonic() - start) / len(weights), 4)
-    for name, weight, (new, mask), error in zip(group.names, weights, found, errors, strict=True):
+    weights = [block.get_parameter(f"{name}.weight").data for name in names]
+    found = prune_layers(weights, hessian, config, ", ".join(f"{prefix}.{name}" for name in names))
+    errors = [relative_error(dense, new, hessian) for dense, (new, _) in zip(weights, found, strict=True)]
+    seconds = round((time.monotonic() - start) / len(names), 4)
+    pruned = {}
+    for name, weight, (new, mask), error in zip(names, weights, found, errors, strict=True):
         weight.copy_(new)
-        masks[name] = mask
-        entries[name] = {
-            "linear": name,
-            "shape": list(mask.shape),
-            "sparsity": 1 - int(mask.sum()) / mask.numel(),
-            "relative_error": error,
-            "seconds": seconds,
-        }
+        sparsity = 1 - int(mask.sum()) / mask.numel()
+        layer = {"shape": list(mask.shape), "sparsity": sparsity, "relative_error": error, "seconds": seconds}
+        pruned[name] = mask, layer
+    return pruned
 
 
 def prune_layers(weights: list[Tensor], hessian: Tensor, config: PruneConfig, what: str) -> list[tuple[Tensor, Tensor]]:
