@@ -125,10 +125,11 @@ def _check_across_stages(values: Mapping[str, Any]) -> None:
     if {"prune_sparsity", "publish_min_sparsity"} <= given and values["publish_min_sparsity"] > values["prune_sparsity"]:
         sparsity, wanted = values["prune_sparsity"], values["publish_min_sparsity"]
         raise ValueError(f"publish_min_sparsity must be at most prune_sparsity = {sparsity}, got {wanted}")
-    if {"distill_gpus", "distill_nproc_per_node"} <= given:
-        gpus, processes = values["distill_gpus"], values["distill_nproc_per_node"]
-        if gpus not in (0, processes):
-            raise ValueError(f"distill_nproc_per_node must be distill_gpus = {gpus}, got {processes}")
+    for stage in ("prune", "distill"):
+        if {f"{stage}_gpus", f"{stage}_nproc_per_node"} <= given:
+            gpus, processes = values[f"{stage}_gpus"], values[f"{stage}_nproc_per_node"]
+            if gpus not in (0, processes):
+                raise ValueError(f"{stage}_nproc_per_node must be {stage}_gpus = {gpus}, got {processes}")
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def inverse_factor(hessian: Tensor, damping: float, what: str) -> Tensor:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and torch.isfinite(upper).all():
                 if attempt:
-                    log(f"{what}: the Hessian needed damping {used:g} instead of {damping:g}")
+                    log(f"{what}: the Hessian needed damping {used:g} instead of {damping:g}", by_any=True)
                 return upper
     raise ValueError(
         f"damping must make the Hessian positive definite, {used:g} did not for {what}: use more or other calibration text"

@@ -92,7 +92,8 @@ def prune(shape: Shape, run: Mapping[str, Any]) -> Need:
         "mask and its parts": 2 * shape.inside / 8,
         "hidden states": 2 * (calibration + 2 * evaluation_tokens(run)) * shape.width * size,
     }
-    return placed(run["prune_gpus"], largest(pruning, *walking(shape, run, size)), host, disk)
+    held = largest(pruning, *walking(shape, run, size))
+    return placed(run["prune_gpus"], held, host, disk, run["prune_nproc_per_node"])
 
 
 def quantize(shape: Shape, run: Mapping[str, Any]) -> Need:

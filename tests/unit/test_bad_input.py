@@ -170,6 +170,8 @@ WRONG_VALUES = [
     ("prune", {"dtype": "int8"}, "dtype must be one of auto, float32, float16, bfloat16, got 'int8'"),
     ("prune", {"nsamples": "0"}, "nsamples must be at least 1, got 0"),
     ("prune", {"block_size": "0"}, "block_size must be at least 1, got 0"),
+    ("prune", {"nproc_per_node": "0"}, "nproc_per_node must be at least 1, got 0"),
+    ("prune", {"nproc_per_node": "5", "nsamples": "4"}, "nproc_per_node must be at most nsamples = 4, got 5"),
     ("prune", {"damping": "0"}, "damping must be above 0, got 0.0"),
     ("prune", {"damping": "nan"}, "damping must be above 0, got nan"),
     ("prune", {"damping": "inf"}, "damping must be finite, got inf"),

@@ -183,6 +183,8 @@ CASES = [
     ("compress", {"publish_registry": "x"}, "publish_to must be given for a registry"),
     ("compress", {"distill_nproc_per_node": 2, "distill_gpus": 2}, "distill_nproc_per_node must be 1 for backend none"),
     ("compress", {"distill_gpus": 2}, "distill_nproc_per_node must be distill_gpus = 2, got 1"),
+    ("compress", {"prune_gpus": 2}, "prune_nproc_per_node must be prune_gpus = 2, got 1"),
+    ("compress", {"prune_nproc_per_node": 2, "nsamples": 1}, "prune_nproc_per_node must be at most nsamples = 1, got 2"),
     ("compress", {"distill_deepspeed_config": "x.json"}, "distill_deepspeed_config must be empty for backend none"),
     ("compress", {"prune_gpus": -1}, "prune_gpus must be at least 0, got -1"),
     ("compress", {"quantize_cpu": "many"}, "quantize_cpu must be a number of CPUs such as 4, 0.5 or 500m, got 'many'"),
