@@ -24,7 +24,7 @@ format: $(READY)  ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-compile: $(READY)  ## regenerate pipelines/compiled/*.yaml and the tables of parameters in the documentation
+compile: $(READY)  ## regenerate pipelines/compiled/*.yaml and the tables in the documentation
 	$(BIN)/python pipelines/compile.py
 	$(BIN)/python pipelines/reference.py
 

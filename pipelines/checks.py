@@ -71,7 +71,7 @@ def _typed(name: str, kind: type, value: Any) -> Any:
 
 
 def check_run(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the values of a run of one of the two pipelines where it runs; returns them in their types.
+    """Check the values of a run of one of the two pipelines where it runs; returns those of all parameters in their types.
 
     Args:
         given: parameter → value, as for `converted`; what is missing has its default.
@@ -81,10 +81,11 @@ def check_run(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     pipeline = pipeline_of(given)
     made = parameters(GROUPS[pipeline])
-    values = converted(pipeline, {entry.name: get_origin(entry.type) or entry.type for entry in made}, given)
-    for entry in made:
-        if entry.default is Parameter.empty and entry.name not in values:
-            raise ValueError(f"{entry.name} must be given: {pipeline} has no default for it")
+    values = {entry.name: entry.default for entry in made}
+    values |= converted(pipeline, {entry.name: get_origin(entry.type) or entry.type for entry in made}, given)
+    for name, value in values.items():
+        if value is Parameter.empty:
+            raise ValueError(f"{name} must be given: {pipeline} has no default for it")
     check_parameters(GROUPS[pipeline], values, on_this_machine=False)
     return values
 
@@ -124,10 +125,11 @@ def _check_across_stages(values: Mapping[str, Any]) -> None:
     if {"prune_sparsity", "publish_min_sparsity"} <= given and values["publish_min_sparsity"] > values["prune_sparsity"]:
         sparsity, wanted = values["prune_sparsity"], values["publish_min_sparsity"]
         raise ValueError(f"publish_min_sparsity must be at most prune_sparsity = {sparsity}, got {wanted}")
-    if {"distill_gpus", "distill_nproc_per_node"} <= given:
-        gpus, processes = values["distill_gpus"], values["distill_nproc_per_node"]
-        if gpus not in (0, processes):
-            raise ValueError(f"distill_nproc_per_node must be distill_gpus = {gpus}, got {processes}")
+    for stage in ("prune", "distill"):
+        if {f"{stage}_gpus", f"{stage}_nproc_per_node"} <= given:
+            gpus, processes = values[f"{stage}_gpus"], values[f"{stage}_nproc_per_node"]
+            if gpus not in (0, processes):
+                raise ValueError(f"{stage}_nproc_per_node must be {stage}_gpus = {gpus}, got {processes}")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from kfp import dsl, kubernetes
+from kfp import dsl
 from kfp.dsl import HTML, Artifact, PipelineTask
 
 from components.distill.component import distill, remove_checkpoints
@@ -18,7 +18,7 @@ from components.report.component import report
 from components.resolve.component import resolve
 from components.tokenize.component import tokenize
 from pipelines.parameters import GROUPS, call, describe, parameters, takes
-from pipelines.pods import light, on_gpu, with_hub_secret, with_store_secret
+from pipelines.pods import light, on_gpu, with_hub_secret, with_shared_memory, with_store_secret
 from pipelines.quantize_format import quantize_format
 
 MODEL_ID = "Qwen/Qwen3-0.6B"
@@ -62,7 +62,10 @@ def stages(
     for task in (resolved, fetched, tokenized):
         with_hub_secret(task)
 
-    pruned = on_gpu(p, "prune", call(prune, p, dense_model=dense_model, tokens=tokens))
+    # the first stage knows the model, and so how much memory the pods of the large stages need
+    sizes = {name: resolved.outputs[name] for name in resolve.component_spec.outputs if name.endswith("_memory")}
+    p = SimpleNamespace(**vars(p) | sizes)
+    pruned = with_shared_memory(on_gpu(p, "prune", call(prune, p, dense_model=dense_model, tokens=tokens)))
     pruned_model, mask = pruned.outputs["pruned_model"], pruned.outputs["mask"]
 
     distilled = distillation(p, dense_model=dense_model, pruned_model=pruned_model, mask=mask, tokens=tokens)
@@ -83,9 +86,7 @@ def stages(
 
 def in_one_pod(p: SimpleNamespace, **inputs: Any) -> PipelineTask:
     """Add the distill stage as a single pod."""
-    task = on_gpu(p, "distill", call(distill, p, **inputs))
-    # its processes communicate through it; the default in a pod is 64 MB
-    kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit="8Gi")
+    task = with_shared_memory(on_gpu(p, "distill", call(distill, p, **inputs)))
     removal = light(p, remove_checkpoints(metrics=task.outputs["metrics"], checkpoints=p.distill_checkpoints))
     for each in (task, removal):
         with_store_secret(each)

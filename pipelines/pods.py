@@ -29,6 +29,11 @@ def _sized(task: PipelineTask, cpu: str, memory: str) -> PipelineTask:
     return task.set_retry(num_retries=2, backoff_duration="30s", backoff_factor=2, backoff_max_duration="5m")
 
 
+def with_shared_memory(task: PipelineTask) -> PipelineTask:
+    """Give a task memory through which its processes communicate; the default in a pod is 64 MB."""
+    return kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit="8Gi")
+
+
 def with_store_secret(task: PipelineTask) -> PipelineTask:
     """Give a task the credentials for the object stores, if they exist."""
     for name, keys in STORE_SECRETS.items():

@@ -99,11 +99,11 @@ def main() -> None:
     show(report_files, run_dir / LOG)
 
 
-def gpus_here(distill_processes: int) -> dict[str, int]:
+def gpus_here(values: dict[str, Any]) -> dict[str, int]:
     """What the parameters for the GPUs of pods would be for this machine: one for each process, as far as there are any."""
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    processes = {"prune_gpus": 1, "distill_gpus": distill_processes, "quantize_gpus": 1}
-    return {name: min(wanted, visible) for name, wanted in processes.items()}
+    stages = ("prune", "distill", "quantize")
+    return {f"{stage}_gpus": min(values.get(f"{stage}_nproc_per_node", 1), visible) for stage in stages}
 
 
 def run(run_dir: Path, lock: TextIO, values: dict[str, Any]) -> Path:
@@ -121,7 +121,7 @@ def run(run_dir: Path, lock: TextIO, values: dict[str, Any]) -> Path:
         stages = LocalStages(run_dir, lock, log, terminal)
         try:
             with stages.in_charge():
-                outputs = compress(**values, **gpus_here(values["distill_nproc_per_node"])).outputs
+                outputs = compress(**values, **gpus_here(values)).outputs
         except RuntimeError as error:  # the failing stage's own lines are above; kfp's traceback would bury them
             if stages.stopped_by:
                 print(f"stopped; the same command with --run_dir {run_dir} goes on from here", file=sys.stderr)

@@ -33,11 +33,11 @@ SMALL = {
 }
 
 
-def tiny_model(kind: str = "llama", tied: bool = False, seed: int = 0):
-    """A random causal language model of two blocks."""
+def tiny_model(kind: str = "llama", tied: bool = False, seed: int = 0, **changes):
+    """A random causal language model, of two blocks unless its configuration is changed."""
     torch.manual_seed(seed)
     config_class = {"llama": LlamaConfig, "qwen3": Qwen3Config}[kind]
-    model = AutoModelForCausalLM.from_config(config_class(**SMALL, tie_word_embeddings=tied))
+    model = AutoModelForCausalLM.from_config(config_class(**SMALL | changes, tie_word_embeddings=tied))
     # larger weights than the usual initialisation: predictions that differ from uniform make differences visible
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,9 +54,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def save_tiny(folder: Path, kind: str = "llama", tied: bool = False, seed: int = 0) -> Path:
+def save_tiny(folder: Path, kind: str = "llama", tied: bool = False, seed: int = 0, **changes) -> Path:
     """Save a tiny checkpoint; return its folder."""
-    tiny_model(kind, tied, seed).save_pretrained(folder)
+    tiny_model(kind, tied, seed, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

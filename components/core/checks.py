@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from components.core.errors import shown
 
+AUTO = "auto"  # of a memory limit: by the model's sizes
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 # Kubernetes would take 16m for memory too, as 0.016 bytes
 CPU = re.compile(r"(?=.*[1-9])([0-9]{1,9}(\.[0-9]{1,9})?|[0-9]{1,12}m)")
@@ -74,6 +75,12 @@ def check_cpu(parameter: str, value: str) -> None:
 def check_memory(parameter: str, value: str) -> None:
     """Check that `value` is an amount of memory above 0 in Kubernetes' format."""
     _check_format(parameter, value, MEMORY, "an amount of memory such as 16Gi")
+
+
+def check_memory_or_auto(parameter: str, value: str) -> None:
+    """Check that `value` is `AUTO` or an amount of memory above 0 in Kubernetes' format."""
+    if value != AUTO:
+        _check_format(parameter, value, MEMORY, f"{AUTO} or an amount of memory such as 16Gi")
 
 
 def check_resource(parameter: str, value: str) -> None:

@@ -105,7 +105,9 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def resumable_directory(parameter: str, path: str | os.PathLike[str], key: str) -> Iterator[tuple[Path, Path]]:
+def resumable_directory(
+    parameter: str, path: str | os.PathLike[str], key: str, beside: str = ""
+) -> Iterator[tuple[Path, Path]]:
     """Yield a folder that is renamed to `path` if the block succeeds, and one for work on the way there.
 
     If some piece of work is finished, and then the process is killed or fails for a reason that may pass, both are kept, and
@@ -115,6 +117,7 @@ def resumable_directory(parameter: str, path: str | os.PathLike[str], key: str) 
         parameter: name of the setting, for the error message.
         path: the folder to be created.
         key: a name for all that the result depends on.
+        beside: a file to be created together with the folder, from the one of its name in the folder for work; empty = none.
 
     Returns:
         (the folder that becomes `path`, the folder for work).
@@ -135,7 +138,7 @@ def resumable_directory(parameter: str, path: str | os.PathLike[str], key: str) 
             work.mkdir(exist_ok=True)
             yield output, work
             _restore_usual_modes(output)
-            output.rename(target)
+            _put_in_place(output, target, work, Path(beside).absolute() if beside else None)
         except BaseException as error:
             # a ValueError is a fault of settings or inputs, which would be the same again
             if not isinstance(error, ValueError) and any(work.rglob(FINISHED)):
@@ -144,6 +147,23 @@ def resumable_directory(parameter: str, path: str | os.PathLike[str], key: str) 
             shutil.rmtree(folder, ignore_errors=True)
             raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(output: Path, target: Path, work: Path, beside: Path | None) -> None:
+    """Rename a folder to its target, and with it a file of the work folder; if one fails, neither is left."""
+    if beside is None:
+        output.rename(target)
+        return
+    with _scratch(beside) as scratch:
+        shutil.copyfile(work / beside.name, scratch)
+        _restore_usual_modes(scratch)
+        try:
+            scratch.replace(beside)
+            output.rename(target)
+        except BaseException:
+            if output.exists():
+                beside.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ publish stages read nothing else, so nothing here needs torch.
 
 import importlib.metadata
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -177,14 +178,22 @@ class Stopwatch:
 
     def read(self) -> dict[str, Any]:
         """`seconds`, `peak_memory_bytes` of the process and, on a GPU, `peak_gpu_memory_bytes`."""
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         read = {
             "seconds": round(time.monotonic() - self.start, 3),
-            "peak_memory_bytes": rss * (1 if sys.platform == "darwin" else 1024),
+            "peak_memory_bytes": peak_memory(),
         }
         if gpu := _gpu():
             read["peak_gpu_memory_bytes"] = gpu.max_memory_allocated()
         return read
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes."""
+    try:
+        (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+        return int(line) * 1024
+    except OSError:  # not on Linux, where what follows would begin with the peak of the process that has started this one
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _gpu() -> Any:

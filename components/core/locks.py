@@ -57,6 +57,25 @@ def remove_unused(folders: Iterable[Path]) -> None:
 
 
 @contextlib.contextmanager
+def turn(file: Path, what: str) -> Iterator[None]:
+    """Do some work alone: one process after another, in the block.
+
+    Args:
+        file: what they lock, in an existing folder; it is created if it does not exist.
+        what: the work, for the log of a process that waits.
+    """
+    with file.open("a+", encoding="utf-8") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"{what}: waiting for another run that does it at the moment")
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        except OSError as error:
+            log(f"{file} cannot be locked, so a second run there would not be noticed: {error}")
+        yield
+
+
+@contextlib.contextmanager
 def only_user(parameter: str, folder: Path, note: str) -> Iterator[None]:
     """Have a folder alone while the block runs; the folder is created if it does not exist.
 

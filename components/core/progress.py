@@ -16,9 +16,14 @@ T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def log(line: str) -> None:
-    """Print one plain line and flush it, so that a pod's log shows it immediately; only the process of rank 0 prints."""
-    if os.environ.get("RANK", "0") != "0":
+def log(line: str, by_any: bool = False) -> None:
+    """Print one plain line and flush it, so that a pod's log shows it immediately.
+
+    Args:
+        line: the text.
+        by_any: whether a process of another rank than 0 prints too, because it alone knows of it.
+    """
+    if os.environ.get("RANK", "0") != "0" and not by_any:
         return
     tqdm.write(SECRETS.sub("***", line), file=sys.stdout)
     sys.stdout.flush()

@@ -9,7 +9,7 @@ submits runs; `check_environment` checks what the machine that does the work mus
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +52,12 @@ def configure(config_class: type[S], values: Mapping[str, Any], **bound: Any) ->
 def affecting(settings: Any) -> dict[str, Any]:
     """The settings that affect a result, by name: those without a kind."""
     return {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(settings) if "kind" not in entry.metadata}
+
+
+def flags_of(settings: Any, config_class: type, leave_out: Collection[str] = ()) -> list[str]:
+    """The fields that a settings class has as command-line flags of its stage; empty values are omitted too."""
+    names = [entry.name for entry in dataclasses.fields(config_class) if entry.name not in leave_out]
+    return [f"--{name}={value}" for name in names if (value := getattr(settings, name)) != ""]
 
 
 @contextlib.contextmanager

@@ -244,14 +244,6 @@ class SingleProcess:
         dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
-    def gather(self, value: T) -> list[T]:
-        """The values of all processes, on every process; they can be anything that pickles."""
-        if self.world_size == 1:
-            return [value]
-        values: list[T] = [value] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world_size > 1:

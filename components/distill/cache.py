@@ -6,20 +6,19 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from components.core import processes
 from components.core.checkpoint.checks import inspect_checkpoint
 from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.files import check_room, new_file, sample_fingerprint
 from components.core.history import versions
 from components.core.locks import remove_unused, use
 from components.core.tokens import id_fingerprint
-from components.distill import launch
 from components.distill.backends import SingleProcess
 from components.distill.config import DistillConfig
 
@@ -92,9 +91,9 @@ class Cache:
         self.known = whole[-shape[0] :]
 
     def remove(self) -> None:
-        """Delete the cache from disk."""
+        """Delete the cache from disk, unless another run uses it, which then does so."""
         self._lock.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_unused([self.folder])
 
 
 def cache_bytes(shape: tuple[int, int, int]) -> int:
@@ -110,7 +109,7 @@ def missing_bytes(folder: Path, shape: tuple[int, int, int]) -> int:
 
 def walk_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
     """How much disk the hidden states take while they are computed, by all processes of this machine. Arguments as above."""
-    return 2 * min(launch.processes_here() * WALK_BYTES, math.prod(shape) * dtype.itemsize)
+    return 2 * min(processes.processes_here() * WALK_BYTES, math.prod(shape) * dtype.itemsize)
 
 
 @contextlib.contextmanager
@@ -127,13 +126,13 @@ def teacher_cache(
     wanted = config.teacher_cache == "always" or (config.teacher_cache == "auto" and config.epochs > 1)
     output = Path(config.output_dir).absolute()
     folder = output.with_name(f"{output.name}.{cache_name(teacher_folder, blocks, dtype, backend.device)}")
-    if launch.is_first_here():
+    if processes.is_first_here():
         remove_caches(output, keep=folder if wanted else None)
     if not wanted:
         yield None
         return
     shape = (len(blocks), blocks.shape[1], head_width(teacher_folder, config.trust_remote_code))
-    if launch.is_first_here():
+    if processes.is_first_here():
         size = missing_bytes(folder, shape)
         share = f", {size / 1e9:.2f} GB of it for teacher_cache"
         later = max(weight_bytes(config.student_model), walk_bytes(shape, dtype))  # of which the one is gone before the other
@@ -142,11 +141,11 @@ def teacher_cache(
         backend.barrier()  # the first process here reserves the space
     cache = Cache(folder, shape)
     try:
-        if launch.is_first_here():
+        if processes.is_first_here():
             backend.barrier()
         yield cache
     finally:
-        if launch.is_first_here():
+        if processes.is_first_here():
             cache.remove()
 
 

@@ -2,8 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -276,8 +275,3 @@ class DistillConfig(DistillSettings, DeviceSettings):
                 check_folder(parameter, folder)
                 if Path(folder).resolve().is_relative_to(Path(self.output_dir).resolve()):
                     raise ValueError(f"{parameter} must lie outside output_dir {self.output_dir}, got {folder}")
-
-    def flags(self, leave_out: Collection[str] = ()) -> list[str]:
-        """The settings as command-line flags of this stage; empty settings are omitted too."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(DistillConfig) if entry.name not in leave_out}
-        return [f"--{name}={value}" for name, value in values.items() if value != ""]

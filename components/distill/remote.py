@@ -22,10 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from components.core import processes
 from components.core.locks import remove_unused, use
 from components.core.progress import log
 from components.core.storage.place import open_store
-from components.distill import launch
 from components.distill.backends import SingleProcess
 from components.distill.resume import MANIFEST, check_files, files_of, read_manifest, shared
 
@@ -56,7 +56,7 @@ class RemoteCheckpoints:
         self.attempt = backend.from_first(uuid.uuid4().hex)
         self.thread, self.failed, self.given_up = threading.Thread(), False, threading.Event()
         self.folder = Path(tempfile.gettempdir()) / f"{FOLDERS}{self.attempt}"
-        if launch.is_first_here():
+        if processes.is_first_here():
             remove_unused(self.folder.parent.glob(f"{FOLDERS}*"))
             self.folder.mkdir(mode=0o700)
             self.lock = use(self.folder)
@@ -64,7 +64,7 @@ class RemoteCheckpoints:
     def close(self) -> None:
         """Wait for the last upload, and remove the local folder."""
         self.finish()
-        if launch.is_first_here():
+        if processes.is_first_here():
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def fetch(self) -> None:
@@ -73,9 +73,9 @@ class RemoteCheckpoints:
         Raises:
             OSError: the bucket cannot be read, on all processes; starting from the beginning would be worse than ending here.
         """
-        found = shared(self.backend, lambda: self._whole() if self.backend.rank == 0 else [])
+        found = shared(lambda: self._whole() if self.backend.rank == 0 else [])
         for name in sorted((name for part in found for name in part), key=step_of, reverse=True):
-            faults = shared(self.backend, partial(self._fetch, name))
+            faults = shared(partial(self._fetch, name))
             if not any(faults):
                 return
             if self.backend.rank == 0:
@@ -88,7 +88,7 @@ class RemoteCheckpoints:
 
     def _fetch(self, name: str) -> str:
         """Copy a checkpoint to this machine's folder; returns what is damaged about it, or an empty text."""
-        if not launch.is_first_here():
+        if not processes.is_first_here():
             return ""
         store, folder = open_store(f"{self.place}/{name}"), self.folder / step_name(name)
         folder.mkdir(parents=True)
@@ -110,7 +110,7 @@ class RemoteCheckpoints:
     def clear(self) -> None:
         """Remove this machine's local checkpoints, which all of its processes have read or cannot use."""
         self.backend.barrier()
-        if launch.is_first_here():
+        if processes.is_first_here():
             for folder in self.folder.glob("step-*"):
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -123,7 +123,7 @@ class RemoteCheckpoints:
 
     def send(self, step: int) -> None:
         """Begin to upload a checkpoint from the local folders of all machines; training goes on meanwhile."""
-        if launch.is_first_here():
+        if processes.is_first_here():
             self.failed, self.given_up = False, threading.Event()
             self.thread = threading.Thread(target=self._send, args=(self.folder / f"step-{step:08d}",), daemon=True)
             self.thread.start()

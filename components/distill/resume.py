@@ -17,15 +17,16 @@ from typing import Any, TypeVar
 
 import google_crc32c
 
+from components.core import processes
 from components.core.files import write_json
 from components.core.locks import only_user
+from components.core.processes import from_all, is_main
 from components.core.progress import log
 from components.core.reading import read_json
 from components.core.settings import affecting
 from components.core.storage.base import Held
 from components.core.storage.listing import checksums
 from components.core.storage.place import is_bucket
-from components.distill import launch
 from components.distill.backends import SingleProcess
 from components.distill.config import DistillConfig
 from components.distill.schedule import restore_schedule
@@ -56,7 +57,7 @@ def claim(config: DistillConfig) -> Iterator[None]:
     Raises:
         ValueError: another run uses it.
     """
-    if not config.checkpoint_dir or is_bucket(config.checkpoint_dir) or not launch.is_main():
+    if not config.checkpoint_dir or is_bucket(config.checkpoint_dir) or not is_main():
         yield
         return
     with only_user("checkpoint_dir", Path(config.checkpoint_dir), f"output_dir {config.output_dir}"):
@@ -90,14 +91,14 @@ def save(
         OSError: it could not be written; nothing of it is left, and the older ones are as they were.
     """
     folder = Path(config.checkpoint_dir) / f"step-{step:08d}"
-    is_first = backend.rank == 0 if is_shared else launch.is_first_here()
+    is_first = backend.rank == 0 if is_shared else processes.is_first_here()
     if is_first and folder.exists():
         shutil.rmtree(folder)  # left incomplete by a killed run, or damaged
     backend.barrier()
     try:
         backend.save_state(folder)
         backend.barrier()  # the files of all processes are there
-        parts = shared(backend, lambda: listing_of(folder) if is_first else {})
+        parts = shared(lambda: listing_of(folder) if is_first else {})
         content = {
             "step": step,
             "world_size": backend.world_size,
@@ -109,7 +110,7 @@ def save(
             "files": {name: held for part in parts for name, held in part.items()},
         }
         whole = content | {CHECKSUM: content_checksum(content)}
-        shared(backend, lambda: write_json(folder / MANIFEST, whole) if backend.rank == 0 else None)
+        shared(lambda: write_json(folder / MANIFEST, whole) if backend.rank == 0 else None)
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -122,14 +123,14 @@ def save(
     backend.barrier()
 
 
-def shared(backend: SingleProcess, work: Callable[[], T]) -> list[T]:
+def shared(work: Callable[[], T]) -> list[T]:
     """What every process gets from its work. Raises OSError on all of them if one fails, so that none waits for another."""
     result, fault = None, None
     try:
         result = work()
     except OSError as error:
         fault = error
-    results = backend.gather((result, str(fault) if fault else ""))
+    results = from_all((result, str(fault) if fault else ""))
     if fault:
         raise fault
     if faults := [text for _, text in results if text]:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from components.core import processes
 from components.core.checkpoint.checks import check_checkpoint, check_dense, check_ids, check_seq_len, inspect_checkpoint
 from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.checkpoint.loading import load_tokenizer, open_model
 from components.core.checkpoint.saving import finish_checkpoint
-from components.core.device import pick_dtype
+from components.core.device import pick_device, pick_dtype
 from components.core.files import check_new, new_directory, sample_fingerprint
 from components.core.history import (
     History,
@@ -55,21 +56,22 @@ def run(config: DistillConfig) -> StageRecord:
         SparsityError: a weight outside the mask is not zero, and `fail_on_sparse_violation` is set.
     """
     config.check_environment()
-    launch.end_with_launcher()
+    processes.end_with_launcher()
     mask = load_mask(config.mask_file)
     teacher_folder = local_folder(config.teacher_model, parameter="teacher_model")
     student = check_models(config, mask, str(teacher_folder))
-    if config.launcher != "python" and not launch.started_already():
+    if config.launcher != "python" and not processes.started_already():
         with resume.claim(config):
             pass  # a second run is refused here, in one line; the first of the processes then has the folder
-        launch.start(config)
+        device = pick_device(config.gpus)
+        processes.start(launch.command(config, device.type == "cuda"), config.nproc_per_node, device)
         return StageRecord.load(Path(config.output_dir) / stats_file("distill"))
     with resume.claim(config):
         device = launch.join(config)
         try:
             return train(config, student, mask, teacher_folder, device)
         finally:
-            launch.leave()
+            processes.leave()
 
 
 def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: Path, device: torch.device) -> StageRecord:
@@ -86,7 +88,7 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
         check_ids("eval_data", evaluation.ids, model_config)
         overlapping = count_overlaps("training", blocks, config.eval_data, evaluation.ids)
     dtype = pick_dtype(config.dtype, device, config.student_model)
-    config = share_global_batch(config, launch.process_count())
+    config = share_global_batch(config, processes.process_count())
     backend = BACKENDS[config.backend](config, device, dtype)
     _, total_steps = plan(len(blocks), config, backend.world_size)
 
@@ -169,7 +171,7 @@ def describe(result: StageRecord, progress: Progress, config: DistillConfig, mas
         "tokens_per_second": round(progress.tokens_per_second(), 2),
     }
     result.details |= {"steps": progress.steps, "epochs": progress.epochs}
-    if config.tensorboard_dir and launch.is_main():
+    if config.tensorboard_dir and processes.is_main():
         write_tensorboard(config.tensorboard_dir, progress)
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from components.core import processes
 from components.core.checkpoint.loading import load_model, open_model
+from components.core.locks import LOCK, turn
 from components.core.perplexity import decoder_and_head
 from components.core.progress import log
 from components.core.walk.measure import walk_through
 from components.core.walk.walk import ReplayError, Walk
 from components.core.walk.work import Work
-from components.distill import launch
 from components.distill.backends import SingleProcess
 from components.distill.cache import WALK_BYTES, Cache
 
@@ -90,10 +91,10 @@ def compute_states(
 
     Arguments as for `make_teacher`.
     """
-    processes, rank = launch.processes_here(), launch.rank_here()
+    count, rank = processes.processes_here(), processes.rank_here()
     fits = WALK_BYTES // (cache.states.shape[1:].numel() * dtype.itemsize)
-    size = max(1, min(fits, -(-len(used) // processes)))
-    shares = [rows for number, rows in enumerate(used.split(size)) if number % processes == rank]
+    size = max(1, min(fits, -(-len(used) // count)))
+    shares = [rows for number, rows in enumerate(used.split(size)) if number % count == rank]
     missing = [rows for rows in shares if not bool(cache.known[rows].all())]
     try:
         walk = Walk("teacher_model", folder, dtype, device, trust_remote_code)
@@ -116,11 +117,14 @@ def compute_states(
 
 
 def fill(walk: Walk, blocks: Tensor, rows: Tensor, cache: Cache, what: str) -> None:
-    """Compute the states of some training blocks, and put them into the cache."""
+    """Compute the states of some training blocks, and put them into the cache, unless a run beside this one has done so."""
     place = cache.folder / f"walk-{int(rows[0])}-{len(rows)}"
-    stream = walk_through(walk, blocks[rows], Work(place, what), what)
-    with walk.outside():
-        for part, states in walk.outputs(stream):
-            cache.states[rows[part.start : part.stop]] = states.to(torch.bfloat16).cpu()
-    cache.known[rows] = 1
-    shutil.rmtree(place)
+    with turn(place.with_suffix(LOCK), what):
+        if bool(cache.known[rows].all()):
+            return
+        stream = walk_through(walk, blocks[rows], Work(place, what), what)
+        with walk.outside():
+            for part, states in walk.outputs(stream):
+                cache.states[rows[part.start : part.stop]] = states.to(torch.bfloat16).cpu()
+        cache.known[rows] = 1
+        shutil.rmtree(place)

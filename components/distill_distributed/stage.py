@@ -12,7 +12,7 @@ from components.core.history import Record, StageRecord, stats_file
 from components.core.mask.file import find_mask, fingerprint_of_file
 from components.core.progress import log
 from components.core.reading import parse_json
-from components.core.settings import INPUT, OUTPUT, START, names_of
+from components.core.settings import INPUT, OUTPUT, START, flags_of, names_of
 from components.distill.config import DistillConfig
 from components.distill_distributed.cluster import Cluster
 from components.distill_distributed.config import DistillDistributedConfig
@@ -120,7 +120,7 @@ def job_name(run_id: str, config: DistillDistributedConfig) -> str:
     KFP gives each task of each run its own output; from a shell, other settings or inputs must not find an earlier result.
     """
     inputs = {name: sample_fingerprint(files_under(Path(path))) for name, path in config.inputs().items()}
-    settings = [*sorted(config.flags(leave_out=NOT_FOR_NODES)), global_batch(config)]
+    settings = [*sorted(flags_of(config, DistillConfig, leave_out=NOT_FOR_NODES)), global_batch(config)]
     task = json.dumps([run_id, str(Path(config.output_dir).absolute()), settings, inputs])
     return f"distill-{hashlib.sha256(task.encode()).hexdigest()[:12]}"
 
@@ -140,7 +140,7 @@ def make_spec(
     config: DistillDistributedConfig, namespace: str, run_id: str, name: str, exchange: Exchange, pod: dict[str, Any] | None
 ) -> JobSpec:
     """The job for these settings; `pod` is the launcher's own pod, or None."""
-    flags = config.flags(leave_out=NOT_FOR_NODES)
+    flags = flags_of(config, DistillConfig, leave_out=NOT_FOR_NODES)
     flags += [f"--global_batch={global_batch(config)}"]
     flags += [f"--checkpoint_dir={exchange.checkpoints}"] if exchange.checkpoints else []
     command = ["python", "-m", "components.distill_distributed.node", "--result", exchange.result]

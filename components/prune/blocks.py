@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.core.blocks import linears
 from components.core.checkpoint.saving import parameters_outside, part_file, save_tensors
 from components.core.checks import parse_pattern
 from components.core.mask.integrity import enforce, integrity
 from components.core.mask.mask import Mask, save_mask_part
 from components.core.perplexity import from_losses
+from components.core.processes import from_all, is_main, process_count, rank, spread, together
 from components.core.progress import track
 from components.core.walk.stream import Stream
 from components.core.walk.walk import Walk
-from components.core.walk.work import Work
-from components.prune.calibration import hessians
+from components.core.walk.work import SharedWork
+from components.prune.calibration import hessians, observe
 from components.prune.config import PruneConfig
 from components.prune.magnitude import magnitude
 from components.prune.sparsegpt import sparsegpt
@@ -34,11 +34,11 @@ def mask_part(folder: Path, index: int) -> Path:
 
 @dataclass(frozen=True)
 class Texts:
-    """What goes through the blocks.
+    """What goes through the blocks in this process: its share of the rows.
 
     Attributes:
         calibration: through the pruned blocks.
-        dense: evaluation text, through the dense blocks; None = perplexity is not measured.
+        dense: evaluation text, through the dense blocks; None = perplexity is not measured, or this process has no row of it.
         pruned: the same, through the pruned blocks.
     """
 
@@ -52,9 +52,11 @@ class Texts:
 
 
 def prune_model(
-    walk: Walk, work: Work, calibration: Tensor, evaluation: Tensor | None, config: PruneConfig
+    walk: Walk, work: SharedWork, calibration: Tensor, evaluation: Tensor | None, config: PruneConfig
 ) -> dict[str, float]:
     """Prune a model and write it, part by part, to the work's folder; goes on after the blocks that are finished.
+
+    Every process calls this. Each runs its share of the texts and prunes its share of a block's layers; the first one writes.
 
     Args:
         walk: the dense model.
@@ -72,78 +74,97 @@ def prune_model(
         SparsityError: a pruned weight is not zero, or a kept one not finite.
     """
     done = len(work.results)
-    fresh = done == 0
-    if fresh:
-        walk.check()
-    with walk.outside():
-        if fresh:
-            outside = walk.weights.stored_names(parameters_outside(walk.model, walk.blocks))
-            save_tensors(outside, part_file(work.folder, 0))
-        texts = Texts(walk.record(calibration, work.folder, "calibration", fresh))
-        if evaluation is not None:
-            dense = walk.record(evaluation, work.folder, "dense", fresh)
-            texts = Texts(texts.calibration, dense, walk.twin(dense, work.folder, "pruned", fresh))
+    with together():
+        texts = begin(walk, work.folder, calibration, evaluation, fresh=done == 0)
     for index in track(range(done, len(walk.blocks)), "pruning blocks", len(walk.blocks) - done):
         with walk.block(index) as block:
             result = prune_block(walk, block, index, texts, work.folder, config)
         files = [part_file(work.folder, index + 1), mask_part(work.folder, index)]
         states = [stream.before(index + 1) for stream in texts.streams()]
         work.commit(result, [part_file(work.folder, 0), *files] if index == 0 else files, states)
-    if texts.dense is None or texts.pruned is None or evaluation is None:
+    if evaluation is None:
         return {}
+    with together(), walk.outside():
+        found = [walk.losses(stream).cpu() for stream in (texts.dense, texts.pruned) if stream]
+    losses = [torch.cat(parts) for parts in zip(*filter(None, from_all(found)), strict=True)]  # all rows, in their order
+    with together():
+        return dict(zip(("perplexity_before", "perplexity"), (from_losses(each, evaluation) for each in losses), strict=True))
+
+
+def begin(walk: Walk, folder: Path, calibration: Tensor, evaluation: Tensor | None, fresh: bool) -> Texts:
+    """Check the model and write what lies outside its blocks, unless an earlier process has; returns this process's texts."""
+    if fresh:
+        walk.check()
     with walk.outside():
-        return {
-            "perplexity_before": from_losses(walk.losses(texts.dense), evaluation),
-            "perplexity": from_losses(walk.losses(texts.pruned), evaluation),
-        }
+        if fresh and is_main():
+            outside = walk.weights.stored_names(parameters_outside(walk.model, walk.blocks))
+            save_tensors(outside, part_file(folder, 0))
+        texts = Texts(walk.record(share(calibration), folder, f"calibration-{rank()}", fresh))
+        if evaluation is None or not len(share(evaluation)):
+            return texts
+        dense = walk.record(share(evaluation), folder, f"dense-{rank()}", fresh)
+        return Texts(texts.calibration, dense, walk.twin(dense, folder, f"pruned-{rank()}", fresh))
+
+
+def share(rows: Tensor) -> Tensor:
+    """This process's share of the rows of a text."""
+    return rows.tensor_split(process_count())[rank()]
 
 
 def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: Path, config: PruneConfig) -> dict[str, Any]:
     """Prune a block's linear layers, write them with their mask, and let the texts go through; returns the block's result."""
-    if texts.dense:
-        walk.advance(texts.dense, index)
     prefix = f"{walk.name}.{index}"
-    kept: dict[str, Tensor] = {}
+    with together():
+        if texts.dense:
+            walk.advance(texts.dense, index)
+        observed = observe(block, texts.calibration.batches(index, walk.device))
+    groups = hessians(block, observed, prefix)
+    masks: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
-    hessian_of = hessians(block, texts.calibration.batches(index, walk.device), prefix)
-    layer_of = linears(block)
-    for names in sharing(hessian_of):
-        start = time.monotonic()
-        hessian, dense = hessian_of[names[0]], [layer_of[name].weight for name in names]
-        found = prune_layers(dense, hessian, config, ", ".join(f"{prefix}.{name}" for name in names))
-        errors = [relative_error(weight, new, hessian) for weight, (new, _) in zip(dense, found, strict=True)]
-        seconds = round((time.monotonic() - start) / len(names), 4)
-        for linear, (weight, mask), error in zip(names, found, errors, strict=True):
-            layer_of[linear].weight.data.copy_(weight)
-            kept[f"{prefix}.{linear}.weight"] = mask.cpu()
-            layers.append(
-                {
-                    "name": f"{prefix}.{linear}.weight",
-                    "block": index,
-                    "linear": linear,
-                    "shape": list(mask.shape),
-                    "sparsity": 1 - int(mask.sum()) / mask.numel(),
-                    "relative_error": error,
-                    "seconds": seconds,
-                }
-            )
-    state = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
-    check = integrity(state, Mask(kept, config.pattern, config.sparsity))
-    enforce(check)
-    save_tensors(walk.weights.stored_names(state), part_file(folder, index + 1))
-    save_mask_part(kept, mask_part(folder, index))
-    for text in (texts.calibration, texts.pruned):
-        if text:
-            walk.advance(text, index)
-    return {"layers": layers, "sparse_integrity_check": check}
+    with together():
+        for group in groups:
+            if group.hessian is not None:
+                for name, (mask, layer) in prune_group(block, group.names, group.hessian, prefix, config).items():
+                    masks[name] = mask
+                    layers.append({"name": f"{prefix}.{name}.weight", "block": index, "linear": name, **layer})
+    kept: dict[str, Tensor] = {}
+    for group in groups:
+        for name in group.names:
+            weight = block.get_parameter(f"{name}.weight").data
+            mask = masks[name] if name in masks else torch.empty_like(weight, dtype=torch.bool)  # pruned elsewhere
+            spread(weight, group.process)
+            spread(mask, group.process)
+            kept[f"{prefix}.{name}.weight"] = mask.cpu()
+    found = {layer["name"]: layer for layers_of_one in from_all(layers) for layer in layers_of_one}
+    with together():
+        state = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
+        check = integrity(state, Mask(kept, config.pattern, config.sparsity))
+        enforce(check)
+        if is_main():
+            save_tensors(walk.weights.stored_names(state), part_file(folder, index + 1))
+            save_mask_part(kept, mask_part(folder, index))
+        for text in (texts.calibration, texts.pruned):
+            if text:
+                walk.advance(text, index)
+    return {"layers": [found[name] for name in kept], "sparse_integrity_check": check}
 
 
-def sharing(hessian_of: dict[str, Tensor]) -> list[list[str]]:
-    """Names of layers, those with the same Hessian together."""
-    groups: dict[int, list[str]] = {}
-    for name, hessian in hessian_of.items():
-        groups.setdefault(id(hessian), []).append(name)
-    return list(groups.values())
+def prune_group(
+    block: nn.Module, names: list[str], hessian: Tensor, prefix: str, config: PruneConfig
+) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+    """Prune a block's layers that have the same inputs, in place; returns name → mask [out, in], and what is to be known."""
+    start = time.monotonic()
+    weights = [block.get_parameter(f"{name}.weight").data for name in names]
+    found = prune_layers(weights, hessian, config, ", ".join(f"{prefix}.{name}" for name in names))
+    errors = [relative_error(dense, new, hessian) for dense, (new, _) in zip(weights, found, strict=True)]
+    seconds = round((time.monotonic() - start) / len(names), 4)
+    pruned = {}
+    for name, weight, (new, mask), error in zip(names, weights, found, errors, strict=True):
+        weight.copy_(new)
+        sparsity = 1 - int(mask.sum()) / mask.numel()
+        layer = {"shape": list(mask.shape), "sparsity": sparsity, "relative_error": error, "seconds": seconds}
+        pruned[name] = mask, layer
+    return pruned
 
 
 def prune_layers(weights: list[Tensor], hessian: Tensor, config: PruneConfig, what: str) -> list[tuple[Tensor, Tensor]]:

@@ -21,6 +21,7 @@ def prune(
     eval_seq_len: int,
     seed: int,
     dtype: str,
+    nproc_per_node: int,
     skip_ppl_eval: bool,
     trust_remote_code: bool,
     gpus: int,

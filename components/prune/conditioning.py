@@ -69,7 +69,8 @@ def inverse_factor(hessian: Tensor, damping: float, what: str, normalise: bool =
         condition = float((upper.diagonal().max() / upper.diagonal().min()).square())
         if (dtype, factor) != ATTEMPTS[0]:
             taken = f"{used:g}" if dtype is torch.float32 else f"{used:g} and float64"
-            log(f"{what}: the Hessian needed damping {taken} instead of {damping:g}; its condition is {condition:.0e} or worse")
+            needed = f"{what}: the Hessian needed damping {taken} instead of {damping:g}"
+            log(f"{needed}; its condition is {condition:.0e} or worse", by_any=True)
         return Factor(upper.float(), dead, used, condition)
     raise ValueError(
         f"damping must make the Hessian positive definite, {used:g} did not for {what}: use more or other calibration text"

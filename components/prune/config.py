@@ -30,6 +30,8 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
     """Value added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
     block_size: int = 128
     """Number of columns whose mask is chosen together (SparseGPT's lazy batch)."""
+    nproc_per_node: int = 1
+    """Processes to start, one per GPU; they share the calibration blocks and the layers. At most nsamples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,6 +39,9 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
         check_one_of("method", self.method, METHODS)
         check_at_least("block_size", self.block_size, 1)
+        check_at_least("nproc_per_node", self.nproc_per_node, 1)
+        if self.nproc_per_node > self.nsamples:
+            raise ValueError(f"nproc_per_node must be at most nsamples = {self.nsamples}, got {self.nproc_per_node}")
         check_above("damping", self.damping, 0)
         n_of_m = parse_pattern(self.pattern)
         if n_of_m and abs(self.sparsity - (1 - n_of_m[0] / n_of_m[1])) > 1e-6:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from components.core import processes
 from components.core.blocks import check_blocks, find_blocks, linears, report_dense
 from components.core.checkpoint.checks import check_dense, check_ids, check_seq_len, inspect_checkpoint
 from components.core.checkpoint.files import weight_bytes, weight_files
@@ -16,17 +17,17 @@ from components.core.checkpoint.loading import load_tokenizer
 from components.core.checkpoint.saving import finish_checkpoint, part_file
 from components.core.checks import parse_pattern
 from components.core.device import pick_device, pick_dtype
-from components.core.files import check_new, check_room, new_file, resumable_directory, sample_fingerprint
-from components.core.history import StageRecord, Stopwatch, versions, write_history
+from components.core.files import check_new, check_room, resumable_directory, sample_fingerprint
+from components.core.history import StageRecord, Stopwatch, stats_file, versions, write_history
 from components.core.mask.file import MASK_FILE
 from components.core.mask.integrity import combined
 from components.core.mask.mask import join_mask, pruned_count
 from components.core.models import local_folder, source_history
 from components.core.progress import log, log_perplexity
-from components.core.settings import affecting
-from components.core.tokens import count_overlaps, id_fingerprint, load_blocks
+from components.core.settings import affecting, flags_of
+from components.core.tokens import TokenBlocks, count_overlaps, id_fingerprint, load_blocks
 from components.core.walk.walk import Walk
-from components.core.walk.work import Work, work_key
+from components.core.walk.work import SharedWork, work_key
 from components.prune.blocks import mask_part, prune_model
 from components.prune.config import PruneConfig
 
@@ -38,61 +39,102 @@ def run(config: PruneConfig) -> StageRecord:
         ValueError: a setting does not fit the model or the text; raised before any expensive work.
         SparsityError: the result is not finite, not zero outside its mask, or does not have the requested sparsity.
     """
-    watch = Stopwatch()
     config.check_environment()
+    processes.end_with_launcher()
     device = pick_device(config.gpus)
     folder = local_folder(config.dense_model, parameter="dense_model")
     model_config = check_model(config, folder)
-    tokenizer = load_tokenizer(folder, config.trust_remote_code)
-    calibration = load_blocks(
-        "calibration_data",
-        config.calibration_data,
-        "calibration",
-        tokenizer,
-        config.seq_len,
-        config.nsamples,
-        config.seed,
-    )
-    check_ids("calibration_data", calibration.ids, model_config)
-    result = StageRecord("prune", asdict(config), versions=versions())
-    evaluation = None
-    if not config.skip_ppl_eval:
-        evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
-        check_ids("eval_data", evaluation.ids, model_config)
-        overlapping = count_overlaps("calibration", calibration.ids, config.eval_data, evaluation.ids)
-        result.measured["overlapping_eval_blocks"] = overlapping
+    if config.nproc_per_node > 1 and not processes.started_already():
+        flags = flags_of(config, PruneConfig)
+        # on a port that is free, and without a look-up of this machine's name, which a pod may not have
+        command = processes.torchrun(
+            "components.prune", flags, config.nproc_per_node, "--standalone", "--local_addr", "127.0.0.1"
+        )
+        processes.start(command, config.nproc_per_node, device)
+        return StageRecord.load(Path(config.output_dir) / stats_file("prune"))
+    if processes.process_count() != config.nproc_per_node:
+        raise ValueError(f"nproc_per_node must be the {processes.process_count()} processes here, got {config.nproc_per_node}")
+    if config.nproc_per_node > 1:
+        device = processes.join(device)
+    try:
+        return prune(config, folder, model_config, device)
+    finally:
+        processes.leave()
 
-    dtype = pick_dtype(config.dtype, device, folder)
-    walk = Walk("dense_model", folder, dtype, device, config.trust_remote_code)
+
+def prune(config: PruneConfig, folder: Path, model_config: Any, device: torch.device) -> StageRecord:
+    """This process's part of a run; the first process writes the result.
+
+    Args:
+        config: the stage's settings.
+        folder: the dense checkpoint.
+        model_config: its configuration.
+        device: that of this process.
+    """
+    watch = Stopwatch()
+    result = StageRecord("prune", asdict(config), versions=versions())
+    with processes.together():
+        tokenizer = load_tokenizer(folder, config.trust_remote_code)
+        calibration, evaluation = load_texts(config, tokenizer, model_config)
+        if evaluation:
+            overlapping = count_overlaps("calibration", calibration.ids, config.eval_data, evaluation.ids)
+            result.measured["overlapping_eval_blocks"] = overlapping
+        dtype = pick_dtype(config.dtype, device, folder)
+        walk = Walk("dense_model", folder, dtype, device, config.trust_remote_code)
     ids = [calibration.ids, *([evaluation.ids] if evaluation else [])]
-    # the mask outside the folder appears after the folder: if one fails, neither is left
-    mask_outside = new_file(config.mask_file) if config.mask_file else contextlib.nullcontext()
-    key = work_key(depends_on(config, folder, ids, walk))
-    with mask_outside as mask_file, resumable_directory("output_dir", config.output_dir, key) as (output, place):
-        work = Work(place, "pruning")
-        if not work.results:
-            texts = [calibration.ids, *([evaluation.ids] * 2 if evaluation else [])]
-            check_room("output_dir", config.output_dir, walk.disk(texts), ", with the hidden states on their way")
+    with contextlib.ExitStack() as stack:
+        place: Path | None = None
+        with processes.together():
+            if processes.is_main():
+                key = work_key(depends_on(config, folder, ids, walk))
+                made = resumable_directory("output_dir", config.output_dir, key, config.mask_file)
+                output, place = stack.enter_context(made)
+        place = processes.from_all(place)[0]
+        assert place is not None
+        work = SharedWork(place, "pruning")
+        with processes.together():
+            if processes.is_main() and not work.results:
+                texts = [calibration.ids, *([evaluation.ids] * 2 if evaluation else [])]
+                check_room("output_dir", config.output_dir, walk.disk(texts), ", with the hidden states on their way")
         measured = prune_model(walk, work, calibration.ids, evaluation.ids if evaluation else None, config)
         if evaluation:
             log_perplexity("before_pruning", measured["perplexity_before"])
             log_perplexity("after_pruning", measured["perplexity"])
             result.measured |= measured | {"perplexity_text": evaluation.fingerprint()}
-        layers = [layer for block in work.results for layer in block["layers"]]
-        shapes = {layer["name"]: layer.pop("shape") for layer in layers}
-        result.details["layers"] = layers
-        result.measured |= report_dense(walk.model, shapes)
-        result.measured["sparsity"] = total_sparsity(layers, shapes)
-        checks = [block["sparse_integrity_check"] for block in work.results]
-        result.sparse_integrity_check = combined(checks, result.measured["sparsity"])
-        parts = [part_file(place, number) for number in range(walk.parts)]
-        finish_checkpoint(walk.model, tokenizer, parts, dtype, output)
-        masks = [mask_part(place, index) for index in range(len(walk.blocks))]
-        join_mask(masks, mask_file or output / MASK_FILE, config.pattern, config.sparsity, shapes)
-        result.measured |= watch.read()
-        write_history(output, source_history(config.dense_model, folder), result, folder)
-    log(f"pruned to {result.measured['sparsity']:.4f} sparsity in {result.measured['seconds']:.0f} s: {config.output_dir}")
+        with processes.together():
+            layers = [layer for block in work.results for layer in block["layers"]]
+            shapes = {layer["name"]: layer.pop("shape") for layer in layers}
+            result.details["layers"] = layers
+            result.measured |= report_dense(walk.model, shapes)
+            result.measured["sparsity"] = total_sparsity(layers, shapes)
+            checks = [block["sparse_integrity_check"] for block in work.results]
+            result.sparse_integrity_check = combined(checks, result.measured["sparsity"])
+            if processes.is_main():
+                parts = [part_file(place, number) for number in range(walk.parts)]
+                finish_checkpoint(walk.model, tokenizer, parts, dtype, output)
+                masks = [mask_part(place, index) for index in range(len(walk.blocks))]
+                mask_file = place / Path(config.mask_file).name if config.mask_file else output / MASK_FILE
+                join_mask(masks, mask_file, config.pattern, config.sparsity, shapes)
+                result.measured |= watch.read()
+                write_history(output, source_history(config.dense_model, folder), result, folder)
+    log(f"pruned to {result.measured['sparsity']:.4f} sparsity in {watch.read()['seconds']:.0f} s: {config.output_dir}")
     return result
+
+
+def load_texts(config: PruneConfig, tokenizer: Any, model_config: Any) -> tuple[TokenBlocks, TokenBlocks | None]:
+    """Load the blocks of calibration text and, unless perplexity is not measured, those of evaluation text.
+
+    Raises:
+        ValueError: a text does not fit the settings or the model.
+    """
+    data, length = config.calibration_data, config.seq_len
+    calibration = load_blocks("calibration_data", data, "calibration", tokenizer, length, config.nsamples, config.seed)
+    check_ids("calibration_data", calibration.ids, model_config)
+    if config.skip_ppl_eval:
+        return calibration, None
+    evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
+    check_ids("eval_data", evaluation.ids, model_config)
+    return calibration, evaluation
 
 
 def depends_on(config: PruneConfig, folder: Path, ids: list[Tensor], walk: Walk) -> dict[str, Any]:

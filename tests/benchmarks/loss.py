@@ -3,7 +3,7 @@
     python tests/benchmarks/loss.py --tokens 2048 --vocabulary 151936 --width 1024 --repeats 3
 
 The variants take turns, each repeat in a new process, so that drift of the machine affects both. Memory is what the loss
-and its backward pass add to the peak resident set size (ru_maxrss) after a warm-up on a few tokens; the heads and hidden
+and its backward pass add to the peak resident set size after a warm-up on a few tokens; the heads and hidden
 states are allocated before. Both are float32 on the CPU and use the same random numbers. Exits with 1 if the chunked loss
 needs more than 0.20 times the memory or 1.3 times the time, or differs by more than 1e-5 in value or gradient.
 """
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from components.core.history import peak_memory
 from components.distill.loss import distillation_loss
 
 ALPHA = 0.7
@@ -82,12 +83,12 @@ def measure(variant: str, arguments: argparse.Namespace) -> None:
     work = problem(arguments.tokens, arguments.vocabulary, arguments.width)
     hidden = work[0]
     before = resident()
-    highest_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    highest_before = peak_memory()
     start = time.perf_counter()
     loss = loss_of(variant, *work, arguments.temperature)
     loss.backward()
     seconds = time.perf_counter() - start
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    highest = peak_memory()
     assert highest > highest_before, "making the problem took more memory than the loss: use more tokens"
     torch.save(hidden.grad, arguments.gradient)
     print(json.dumps({"bytes": highest - before, "seconds": seconds, "loss": loss.item()}))

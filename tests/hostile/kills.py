@@ -29,6 +29,19 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "distill": [{}, {"checkpoint_dir": "checkpoints", "checkpoint_steps": 1}, {"teacher_cache": "always"}],
     "publish": [{"version": "v1"}],
 }
+# two processes that train, and two that prune
+TRAINING = {
+    "launcher": "torchrun",
+    "nproc_per_node": 2,
+    "checkpoint_dir": "checkpoints",
+    "checkpoint_steps": 1,
+    "batch_size": 1,
+}
+GROUPS: list[tuple[str, dict[str, Any]]] = [
+    ("distill", TRAINING | {"backend": "fsdp"}),
+    ("distill", TRAINING | {"backend": "deepspeed"}),
+    ("prune", {"nproc_per_node": 2}),
+]
 MAY_STAY = ("output", "mask.safetensors", "checkpoints", "place")
 
 
@@ -75,25 +88,25 @@ def _case(lab: Lab, stage: str, changes: dict[str, Any], number: signal.Signals,
 
 
 def _groups(lab: Lab, random: Random, count: int) -> Iterator[Case]:
-    """Kills of processes that torchrun or accelerate started, of their launcher, and of all at once."""
+    """Kills of processes that torchrun started, of the stage that started it, and of all at once."""
     for number in range(count):
-        backend = ("fsdp", "deepspeed")[number % 2]
+        stage, changes = GROUPS[number % len(GROUPS)]
         whom = random.choice(("launcher", "worker", "all"))
         signal_number = signal.SIGTERM if whom == "launcher" and random.random() < 0.5 else signal.SIGKILL
-        yield _group_case(lab, backend, whom, signal_number, random.uniform(1, 25))
+        yield _group_case(lab, stage, changes, whom, signal_number, random.uniform(1, 25))
 
 
-def _group_case(lab: Lab, backend: str, whom: str, number: signal.Signals, moment: float) -> Case:
+def _group_case(lab: Lab, stage: str, changes: dict[str, Any], whom: str, number: signal.Signals, moment: float) -> Case:
     def run(place: Path) -> str | None:
-        changes = {"backend": backend, "launcher": "torchrun", "nproc_per_node": 2, "checkpoint_dir": "checkpoints"}
-        changes |= {"checkpoint_steps": 1, "batch_size": 1}
-
         def start() -> subprocess.Popen[str]:
-            command = [sys.executable, "-m", "components.distill"]
-            command += flags(lab.settings("distill", **changes, master_port=free_port()))
+            port = {"master_port": free_port()} if stage == "distill" else {}
+            command = [sys.executable, "-m", f"components.{stage}", *flags(lab.settings(stage, **changes, **port))]
             environment = os.environ | {"PYTHONPATH": str(ROOT)}
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             return subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, **pipes)
+
+        def fault() -> str | None:
+            return _equal(lab, place) if stage == "distill" else wrong(lab, stage, place / "output", {}, "pruned_by_two")
 
         first = start()
         time.sleep(moment)
@@ -111,18 +124,18 @@ def _group_case(lab: Lab, backend: str, whom: str, number: signal.Signals, momen
         if alive:
             return f"{len(alive)} processes went on"
         if first.returncode == 0 and (place / "output").exists():
-            return _equal(lab, place)
+            return fault()
         if number == signal.SIGTERM and first.returncode not in (0, -15, 143):
             return f"exit code {first.returncode}: {said[-500:]!r}"
         if (place / "output").exists():
-            return _equal(lab, place)
+            return fault()
         second = start()
         said, _ = second.communicate(timeout=CASE_TIMEOUT)
         if second.returncode:
             return f"then exit code {second.returncode}: {said[-500:]!r}"
-        return _equal(lab, place) or leftovers(place, "output", "checkpoints")
+        return fault() or leftovers(place, "output", "checkpoints")
 
-    return Case(f"torchrun: {backend}, {number.name} to {whom} after {moment:.1f} s", run)
+    return Case(f"torchrun: {stage}: {' '.join(flags(changes))} {number.name} to {whom} after {moment:.1f} s", run)
 
 
 def _equal(lab: Lab, place: Path) -> str | None:

@@ -26,6 +26,7 @@ import pipelines.compile
 import pipelines.run
 import pipelines.schedule
 import pipelines.submit
+from components.core import processes
 from components.distill_distributed.config import DistillDistributedConfig
 from components.distill_distributed.node import NodeConfig
 from components.distill_distributed.sweep import SweepConfig
@@ -144,6 +145,10 @@ def _no_pipeline() -> None:
     kfp.local.init = _accept
 
 
+def _no_processes() -> None:
+    processes.start = _accept
+
+
 def _no_server() -> None:
     pipelines.api.connect = _accept
 
@@ -155,7 +160,7 @@ def programs(lab: Lab) -> dict[str, Program]:
         good = lab.settings(name)
         if name == "publish":
             good |= {"publish_to": ""}
-        made[name] = Program(f"components.{name}", config_of(name), good)
+        made[name] = Program(f"components.{name}", config_of(name), good, _no_processes)
     cluster = {"handover": lab.path("handover"), "image": "x"}
     job = lab.settings("distill") | cluster
     made["distill_distributed"] = Program("components.distill_distributed", DistillDistributedConfig, job)

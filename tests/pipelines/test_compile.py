@@ -125,8 +125,34 @@ def test_the_launcher_asks_for_little_and_hands_the_nodes_sizes_to_them():
         "resourceMemoryLimit": channel.format("light_memory"),
     }
     given = {name: value.get("componentInputParameter") for name, value in task["inputs"]["parameters"].items()}
-    sizes = {"gpus": "distill_gpus", "cpu": "distill_cpu", "memory": "distill_memory", "gpu_type": "gpu_type"}
+    sizes = {"gpus": "distill_gpus", "cpu": "distill_cpu", "gpu_type": "gpu_type"}
     assert {name: given[name] for name in sizes} == sizes
+    assert task["inputs"]["parameters"]["memory"] == of_resolve("distill_memory")
+
+
+def of_resolve(output):
+    """Where a task finds an output of the resolve stage."""
+    return {"taskOutputParameter": {"outputParameterKey": output, "producerTask": "resolve"}}
+
+
+def test_the_memory_of_the_large_stages_is_what_the_first_one_computes(spec):
+    """Quantize is below a loop and a nested pipeline, each of which hands it on by a name of its own."""
+    found = {}
+    for name, (task, container) in pods(spec).items():
+        channel = re.search(r"'(pipelinechannel--[\w-]+)'", container["resources"]["resourceMemoryLimit"])[1]
+        found[name] = task["inputs"]["parameters"][channel]
+    assert {name for name, source in found.items() if source != {"componentInputParameter": "light_memory"}} >= {
+        "prune",
+        "quantize",
+    }
+    large = {"prune", "distill"} & found.keys()
+    assert {name: found[name] for name in large} == {name: of_resolve(f"{name}_memory") for name in large}
+    assert found["quantize"] == {"componentInputParameter": "quantize_memory"}
+    tasks = [task for dag in dags(spec).values() for task in dag["dag"]["tasks"].values()]
+    (nested,) = (task for task in tasks if task["componentRef"]["name"] == "comp-quantize-format")
+    outer = nested["inputs"]["parameters"]["quantize_memory"]["componentInputParameter"]
+    (loop,) = (task for task in tasks if "parameterIterator" in task)
+    assert loop["inputs"]["parameters"][outer] == of_resolve("quantize_memory")
 
 
 def test_the_first_pod_is_given_every_parameter_and_what_it_takes_to_reach_the_places(spec):

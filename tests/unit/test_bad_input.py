@@ -170,6 +170,8 @@ WRONG_VALUES = [
     ("prune", {"dtype": "int8"}, "dtype must be one of auto, float32, float16, bfloat16, got 'int8'"),
     ("prune", {"nsamples": "0"}, "nsamples must be at least 1, got 0"),
     ("prune", {"block_size": "0"}, "block_size must be at least 1, got 0"),
+    ("prune", {"nproc_per_node": "0"}, "nproc_per_node must be at least 1, got 0"),
+    ("prune", {"nproc_per_node": "5", "nsamples": "4"}, "nproc_per_node must be at most nsamples = 4, got 5"),
     ("prune", {"damping": "0"}, "damping must be above 0, got 0.0"),
     ("prune", {"damping": "nan"}, "damping must be above 0, got nan"),
     ("prune", {"damping": "inf"}, "damping must be finite, got inf"),
@@ -190,7 +192,6 @@ WRONG_VALUES = [
     ("distill", {"epochs": "0"}, "epochs must be at least 1, got 0"),
     ("distill", {"batch_size": "-1"}, "batch_size must be at least 0, got -1"),
     ("distill", {"sync_each_batch": "once"}, "sync_each_batch must be one of auto, always, never, got 'once'"),
-    *((stage, {"gpus": "-2"}, "gpus must be at least -1, got -2") for stage in LOADING),
     ("quantize", {"format": "int4"}, "format must be one of int8, fp8, got 'int4'"),
     ("quantize", {"dtype": "float64"}, "dtype must be one of auto, float32, float16, bfloat16, got 'float64'"),
     ("evaluate", {"eval_seq_len": "1"}, "eval_seq_len must be at least 2, got 1"),
@@ -276,7 +277,9 @@ WRONG_MASKS = [
         ("/no/such", "mask_file must exist, got /no/such"),
     )
 ]
-CASES = WRONG_VALUES + WRONG_TEXTS + WRONG_MODELS + WRONG_MASKS
+# in pipelines the number is that of the pod
+WRONG_GPUS = [(stage, {"gpus": "-2"}, "gpus must be at least -1, got -2") for stage in LOADING]
+CASES = WRONG_VALUES + WRONG_GPUS + WRONG_TEXTS + WRONG_MODELS + WRONG_MASKS
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from components.core.files import FINISHED, write_json
+from components.core.processes import from_all, is_main, together
 from components.core.progress import log
 from components.core.reading import read_json
 from components.core.walk.activations import Activations
@@ -77,6 +78,28 @@ class Work:
 
     def _file(self, number: int) -> Path:
         return self.folder / FINISHED.replace("*", f"{number:05d}")
+
+
+class SharedWork(Work):
+    """The finished blocks of processes that walk together, each with hidden states of its own.
+
+    The first process reads and writes for all; what is damaged for one begins anew for all. Every process calls every method.
+    """
+
+    def __init__(self, folder: Path, what: str) -> None:
+        with together():
+            if is_main():
+                super().__init__(folder, what)
+        self.folder, self.results = from_all((folder, self.results if is_main() else []))[0]
+
+    def commit(self, result: dict[str, Any], files: Iterable[Path] = (), activations: Iterable[Activations] = ()) -> None:
+        """See `Work`; the activations are those of this process."""
+        everywhere = [entry for entries in from_all(list(activations)) for entry in entries]
+        with together():
+            if is_main():
+                super().commit(result, files, everywhere)
+            else:
+                self.results.append(result)
 
 
 def checksum(file: Path) -> int:

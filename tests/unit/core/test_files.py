@@ -231,10 +231,12 @@ def test_written_json_is_indented_and_ends_its_line(tmp_path):
 class TestResumableDirectory:
     """Work that is finished in part is kept, and found again by its key."""
 
-    def start(self, target, key, finished=True, end=None):
-        with resumable_directory("output_dir", target, key) as (output, work):
+    def start(self, target, key, finished=True, end=None, beside=""):
+        with resumable_directory("output_dir", target, key, beside) as (output, work):
             found = sorted(path.name for path in work.iterdir())
             (output / "file").write_text("x")
+            if beside:
+                (work / Path(beside).name).write_text("mask")
             if finished:
                 (work / "finished-00000.json").touch()
             if end:
@@ -269,6 +271,28 @@ class TestResumableDirectory:
         assert self.start(tmp_path / "out", "b") == []
         assert "output_dir: what a run with other settings or inputs left unfinished is removed" in capsys.readouterr().out
         assert sorted(path.name for path in tmp_path.iterdir()) == [f".other.a{UNFINISHED}", "out"]
+
+    def test_a_file_beside_appears_with_the_folder(self, tmp_path, usual_umask):
+        self.start(tmp_path / "out", "a", beside=str(tmp_path / "masks" / "mask"))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["masks", "out"]
+        assert [path.name for path in (tmp_path / "masks").iterdir()] == ["mask"]
+        assert (tmp_path / "masks" / "mask").read_text() == "mask"
+        assert mode(tmp_path / "masks" / "mask") == 0o644
+
+    @pytest.mark.parametrize("end", [OSError("full"), SystemExit(143)])
+    @pytest.mark.parametrize("moment", ["replace", "rename", "copy", "after"])
+    def test_whenever_it_ends_there_are_both_or_neither(self, tmp_path, monkeypatch, end, moment):
+        def fail(*arguments):
+            if moment == "after":
+                rename(*arguments)
+            raise end
+
+        rename = Path.rename
+        monkeypatch.setattr(*{"replace": (Path, "replace"), "copy": (shutil, "copyfile")}.get(moment, (Path, "rename")), fail)
+        with pytest.raises(type(end)):
+            self.start(tmp_path / "out", "a", beside=str(tmp_path / "mask"))
+        found = {path.name for path in tmp_path.iterdir()} - {f".out.a{UNFINISHED}"}
+        assert found == ({"out", "mask"} if moment == "after" else set())
 
     def test_a_second_process_is_refused(self, tmp_path):
         refused = pytest.raises(ValueError, match="^output_dir must not be in use by another run, ")

@@ -6,6 +6,7 @@ The hub is a small server on this machine; the stages run in a separate process 
 import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM
 
 from components.core import models
@@ -50,6 +52,7 @@ class Hub(BaseHTTPRequestHandler):
     # name → {"files": {path: bytes}}, or {"refusal": (status, X-Error-Code), "of": "api" | "files"}
     repositories: ClassVar[dict] = {}
     asked: ClassVar[list] = []
+    whole: ClassVar[list] = []  # files of which more than a range was asked for
 
     def do_HEAD(self) -> None:
         self.answer()
@@ -79,10 +82,15 @@ class Hub(BaseHTTPRequestHandler):
             self.reply_json(
                 {"id": name, "sha": commit, "siblings": [{"rfilename": path} for path in repository.get("files", {})]}
             )
+        elif (file := "/".join(rest[2:])) not in repository["files"]:
+            self.reply(404, {"X-Error-Code": "EntryNotFound"})
         else:
-            file = "/".join(rest[2:])
-            content = repository["files"][file]
-            self.reply(200, {"ETag": f'"{file}"', "X-Repo-Commit": rest[1]}, content)
+            content, headers = repository["files"][file], {"ETag": f'"{file}"', "X-Repo-Commit": rest[1]}
+            if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                self.reply(206, headers, content[int(wanted[1]) : int(wanted[2]) + 1])
+            else:
+                self.whole += [path] if self.command == "GET" else []
+                self.reply(200, headers, content)
 
     def reply_json(self, value) -> None:
         self.reply(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
@@ -106,8 +114,13 @@ def hub(checkpoint):
     files = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
     other = {"pytorch_model.bin": b"pickled", "model.gguf": b"other format", "onnx/model.onnx": b"", "onnx/config.json": b"{}"}
     pickled = {name: content for name, content in files.items() if not name.endswith(".safetensors")}
+    weights = load(files["model.safetensors"])
+    shards = {f"{number}.safetensors": save(dict(list(weights.items())[number::2])) for number in (0, 1)}
+    index = {"weight_map": {name: f"{number % 2}.safetensors" for number, name in enumerate(weights)}}
+    shards["model.safetensors.index.json"] = json.dumps(index).encode()
     Hub.repositories = {
         "owner/model": {"files": files | other | {"README.md": b"read me", "LICENSE": b"free"}},
+        "owner/shards": {"files": pickled | shards},
         "owner/pickled": {"files": pickled | {"pytorch_model.bin": b"pickled"}},
         "owner/gated": {"refusal": (403, "GatedRepo"), "of": "api"},
         "owner/gated-guest": {"refusal": (401, "GatedRepo"), "of": "api"},
@@ -157,6 +170,10 @@ REFUSED = {
     "owner/broken": "error: model_id cannot be looked up on the hub (HfHubHTTPError): "
     "check the network or give a local folder, got owner/broken\n",
 }
+UNKNOWN = {
+    "owner/pickled": "'owner/pickled' is not a safetensors repo.",
+    "owner/gated-files": f"model_id {GATED} owner/gated-files",
+}
 TEXTS = {
     "owner/text:config": "",
     "owner/gated-text": f"error: eval_data {GATED} owner/gated-text\n",
@@ -168,7 +185,8 @@ TEXTS = {
 def resolve_answers(hub, corpus, tmp_path_factory):
     """What `python -m components.resolve` does with each model and each text."""
     data = ["--train_data", str(corpus), "--eval_data"]
-    cases = {name: ["--model_id", name, *data, str(corpus)] for name in (*RESOLVED, *REFUSED)}
+    cases = {name: ["--model_id", name, *data, str(corpus)] for name in (*RESOLVED, *REFUSED, *UNKNOWN, "owner/shards")}
+    Hub.whole.clear()
     cases |= {name: ["--model_id", "owner/model", *data, name] for name in TEXTS}
     answers = run_cases(hub, tmp_path_factory.mktemp("home"), [("components.resolve", case) for case in cases.values()])
     return dict(zip(cases, answers, strict=True))
@@ -178,7 +196,7 @@ def resolve_answers(hub, corpus, tmp_path_factory):
 def test_a_revision_is_resolved_to_its_commit(resolve_answers, model_id, commit):
     answer = resolve_answers[model_id]
     assert (answer["code"], answer["err"]) == (0, "")
-    assert answer["out"].startswith(f"model_id=owner/model  model_revision={commit}  train_revision=")
+    assert answer["out"].splitlines()[-1].startswith(f"model_id=owner/model  model_revision={commit}  train_revision=")
 
 
 @pytest.mark.parametrize(("model_id", "line"), REFUSED.items())
@@ -188,12 +206,37 @@ def test_each_refusal_of_the_hub_is_one_line_that_says_what_to_do(resolve_answer
     assert resolve_answers[model_id]["out"].count("trying again in ") == (5 if model_id == "owner/broken" else 0)
 
 
+def memory_of(answer):
+    """The stages' memory in the output of resolve."""
+    return re.findall(r"\w+_memory=\S+", answer["out"])
+
+
+@pytest.mark.parametrize("model_id", ["owner/model", "owner/shards"])
+def test_the_pods_are_sized_by_the_headers_of_the_models_files(resolve_answers, hub, checkpoint, corpus, tmp_path, model_id):
+    data = ["--train_data", str(corpus), "--eval_data", str(corpus)]
+    (local,) = run_cases(hub, tmp_path, [("components.resolve", ["--model_id", str(checkpoint), *data])])
+    assert memory_of(resolve_answers[model_id]) == memory_of(local)
+    assert resolve_answers[model_id]["out"].splitlines()[:3] == local["out"].splitlines()[:3]
+    assert not [path for path in Hub.whole if path.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize(("model_id", "reason"), UNKNOWN.items())
+def test_a_model_whose_headers_the_hub_does_not_give_gets_the_memory_of_an_average_one(resolve_answers, model_id, reason):
+    answer = resolve_answers[model_id]
+    assert (answer["code"], answer["err"]) == (0, "")
+    assert memory_of(answer) == ["prune_memory=16Gi", "distill_memory=32Gi", "quantize_memory=16Gi"]
+    line, last = answer["out"].splitlines()
+    assert line.startswith(f"the pods have the memory of an average model, since the sizes of {model_id} are not known: ")
+    assert reason in line
+    assert last.startswith(f"model_id={model_id}  ")
+
+
 @pytest.mark.parametrize(("spec", "line"), TEXTS.items())
 def test_texts_of_the_hub_are_resolved_or_refused_by_their_own_name(resolve_answers, spec, line):
     answer = resolve_answers[spec]
     assert (answer["code"], answer["err"]) == (2 if line else 0, line)
     if not line:
-        assert answer["out"].endswith(f"eval_revision={MAIN}\n")
+        assert f"  eval_revision={MAIN}  " in answer["out"]
 
 
 def test_an_unreachable_hub_is_one_line_that_says_what_to_do(corpus, tmp_path):

@@ -109,3 +109,10 @@ def test_perplexity_lines_are_kept_to_the_letter(capsys):
 
 def test_clock():
     assert [clock(0), clock(59.9), clock(61), clock(3723)] == ["00:00", "00:59", "01:01", "1:02:03"]
+
+
+def test_of_several_processes_the_first_prints_and_another_only_what_it_alone_knows(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    log("known to all")
+    log("known to one", by_any=True)
+    assert capsys.readouterr().out == "known to one\n"

@@ -246,7 +246,7 @@ def test_commands_of_the_launchers(folder, corpus, tmp_path):
         "master_port": 1234,
     }
     torchrun = command(DistillConfig(**plain, launcher="torchrun"), cuda=True)
-    assert torchrun[1:3] == ["-m", "torch.distributed.run"]
+    assert torchrun[1:3] == ["-m", "components.core.torchrun"]
     assert torchrun[torchrun.index("--nproc_per_node") + 1] == "8"
     accelerate = command(DistillConfig(**plain, launcher="accelerate"), cuda=True)
     assert accelerate[1:3] == ["-m", "accelerate.commands.launch"]

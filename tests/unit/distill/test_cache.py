@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from components.core.locks import turn
 from components.distill import cache as module
 from components.distill.cache import STATES, Cache, cache_bytes, remove_caches
 from components.distill.stage import run
@@ -87,6 +90,24 @@ def test_processes_of_a_machine_share_the_work(tmp_path, monkeypatch, processes)
         known.append(int(cache.known.sum()))
     assert known == {2: [3, 5], 3: [2, 4, 5]}[processes]
     torch.testing.assert_close(cache.states, wanted)
+
+
+def test_a_second_run_waits_for_the_first_and_computes_nothing_again(tmp_path, monkeypatch, capsys):
+    save_tiny(tmp_path / "dense")
+    blocks = torch.randint(256, SHAPE[:2], generator=torch.Generator().manual_seed(0))
+    caches = [Cache(tmp_path / "cache", SHAPE) for _ in range(2)]
+    with ThreadPoolExecutor(1) as pool, turn(tmp_path / "cache" / "walk-0-5.lock", "test"):
+        second = pool.submit(states, tmp_path, blocks, caches[1])
+        while "waiting for another run" not in capsys.readouterr().out:
+            assert not second.done()
+            time.sleep(0.01)
+        caches[0].states[:] = 1.5
+        caches[0].known[:] = 1
+    assert (second.result() == 1.5).all()
+    caches[0].remove()
+    assert (tmp_path / "cache").exists()
+    caches[1].remove()
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("size", [0, 1, cache_bytes(SHAPE) // 2, cache_bytes(SHAPE) + 1])

@@ -7,6 +7,7 @@ import json
 import pytest
 from kfp.dsl import Artifact, TaskConfig
 
+from components.core.settings import flags_of
 from components.distill.config import DistillConfig
 from components.distill_distributed import stage
 from components.distill_distributed.component import distill_distributed
@@ -65,6 +66,7 @@ def good(checkpoint, corpus, tmp_path):
         ({"cpu": "0m"}, "cpu must be a number of CPUs"),
         ({"memory": "16m"}, "memory must be an amount of memory such as 16Gi, got '16m'"),
         ({"memory": "16GB"}, "memory must be an amount of memory"),
+        ({"memory": "auto"}, "memory must be an amount of memory such as 16Gi, got 'auto'"),  # pipelines pass on an amount
         ({"gpu_type": "gpu"}, "gpu_type must be the name of a resource such as nvidia.com/gpu, got 'gpu'"),
         ({"learning_rate": 0}, "learning_rate must be"),  # a rule of the distill stage
     ],
@@ -136,7 +138,7 @@ def test_what_is_used_twice_is_handed_over_once():
 
 def test_flags_say_the_settings_again(good, tmp_path):
     settings = {name: value for name, value in good.items() if name not in ("handover", "image")}
-    flags = DistillConfig(**settings, epochs=3).flags(leave_out={"teacher_model"})
+    flags = flags_of(DistillConfig(**settings, epochs=3), DistillConfig, leave_out={"teacher_model"})
     assert "--epochs=3" in flags
     assert f"--output_dir={tmp_path / 'out'}" in flags
     assert not [flag for flag in flags if flag.startswith(("--teacher_model", "--deepspeed_config"))]

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 from components.core.blocks import check_blocks, find_blocks, linears
 from components.core.history import read_history
 from components.core.mask.mask import load_mask, pruned_count
-from components.core.walk.work import Work
+from components.core.walk.work import SharedWork, Work
 from components.prune import blocks, stage
 from components.prune.blocks import part_file, prune_layers, prune_model
-from components.prune.calibration import hessians
+from components.prune.calibration import hessians, observe
 from components.prune.config import PruneConfig
 from components.prune.stage import run
 from tests.conftest import SMALL, VOCABULARY, save_tiny, tiny_model
@@ -53,7 +53,7 @@ def test_rows_must_divide_into_groups(model):
 
 def prune(model, folder, calibration, **changes):
     """Prune a model; returns (its new tensors, which weights are kept, an entry for each layer)."""
-    walk, work = walk_of(model, folder / "dense"), Work(folder / "work", "pruning")
+    walk, work = walk_of(model, folder / "dense"), SharedWork(folder / "work", "pruning")
     prune_model(walk, work, calibration, None, settings(**changes))
     weights = {name: tensor for number in range(3) for name, tensor in load_file(part_file(work.folder, number)).items()}
     layers = [layer for block in work.results for layer in block["layers"]]
@@ -76,13 +76,13 @@ def test_hessian_is_that_of_the_inputs_and_shared(model, monkeypatch, tokens_at_
         model(input_ids=tokens)
     for hook in hooks:
         hook.remove()
-    found = hessians(blocks[0], first_batches(model, tokens), "block")
-    for name in linears(blocks[0]):
-        rows = seen[name].flatten(0, 1)
-        torch.testing.assert_close(found[name], 2 / rows.shape[0] * rows.T @ rows, rtol=1e-4, atol=1e-5)
-    assert found["self_attn.q_proj"] is found["self_attn.v_proj"]
-    assert found["mlp.gate_proj"] is found["mlp.up_proj"]
-    assert len({id(hessian) for hessian in found.values()}) == 4
+    groups = hessians(blocks[0], observe(blocks[0], first_batches(model, tokens)), "block")
+    for group in groups:
+        for name in group.names:
+            rows = seen[name].flatten(0, 1)
+            torch.testing.assert_close(group.hessian, 2 / rows.shape[0] * rows.T @ rows, rtol=1e-4, atol=1e-5)
+    attention = [[f"self_attn.{name}_proj" for name in names] for names in ("qkv", "o")]
+    assert [group.names for group in groups] == [*attention, ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
@@ -177,7 +177,7 @@ def test_experts_that_see_no_token_are_an_error(model):
     batches = first_batches(model, ids(1, 4))
     blocks[0].idle = nn.Linear(64, 64)
     with pytest.raises(ValueError, match="idle saw none"):
-        hessians(blocks[0], batches, "block")
+        hessians(blocks[0], observe(blocks[0], batches), "block")
 
 
 def test_qwen3_has_its_norms_left_alone(tmp_path):

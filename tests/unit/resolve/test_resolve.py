@@ -25,6 +25,7 @@ from tests.unit.test_bad_input import WRONG_VALUES
 
 PIPELINES = ("compress", "compress-distributed")
 MANY_NODES = {"distill_handover": "/tmp"}
+MEMORY = ("prune_memory", "distill_memory", "quantize_memory")
 
 
 @functools.cache
@@ -62,13 +63,14 @@ def handed_over(pipeline, values):
 
 @pytest.fixture
 def start(checkpoint, corpus):
-    """Start a run of a pipeline with some values changed, and run its first stage."""
+    """Start a run of a pipeline with some values changed, and run its first stage; gives the stage's outputs by name."""
 
     def started(pipeline, **values):
         texts = {"train_data": str(corpus), "eval_data": str(corpus)}
         # a default that is a bucket would be contacted
         places = MANY_NODES if pipeline == "compress-distributed" else {}
-        return resolve.python_func(**handed_over(pipeline, {"model_id": str(checkpoint), **texts, **places, **values}))
+        given = handed_over(pipeline, {"model_id": str(checkpoint), **texts, **places, **values})
+        return dict(zip(resolve.component_spec.outputs, resolve.python_func(**given), strict=True))
 
     return started
 
@@ -91,10 +93,45 @@ def assert_refused(start, line, pipeline, **values):
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_a_run_with_the_defaults_is_resolved(start, checkpoint, pipeline):
     """Otherwise the cases below would be refused for another reason."""
-    model_id, *revisions = start(pipeline)
-    assert model_id == str(checkpoint)
-    assert len(revisions) == 3
-    assert all(revisions)
+    found = start(pipeline)
+    assert found["model_id"] == str(checkpoint)
+    assert all(found[name] for name in ("model_revision", "train_revision", "eval_revision"))
+    assert all(re.fullmatch(r"\d+Gi", found[name]) for name in MEMORY)
+    assert start(pipeline) == found  # a changed limit would miss KFP's cache
+
+
+def test_memory_that_is_given_is_taken_as_it_is(start, capsys):
+    automatic, found = start("compress"), start("compress", distill_memory="12.5G")
+    assert found == automatic | {"distill_memory": "12.5G"}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("distill: ")]
+    assert lines == [lines[0], lines[0].replace(automatic["distill_memory"], "12.5G")]  # what is needed is told in any case
+
+
+def test_a_model_is_not_measured_if_all_memory_is_given(start, monkeypatch):
+    monkeypatch.setattr(stage, "model_shape", lambda *_: pytest.fail("its sizes were looked up"))
+    given = dict(zip(MEMORY, ("1Gi", "2Gi", "3Gi"), strict=True))
+    assert start("compress-distributed", **given).items() >= given.items()
+
+
+@pytest.mark.parametrize(("given", "distill"), [("auto", "32Gi"), ("5Gi", "5Gi")])
+def test_a_model_whose_sizes_are_not_known_gets_the_memory_of_an_average_one(
+    start, checkpoint, tmp_path, capsys, given, distill
+):
+    """Whether it can be used at all is told by the stages that read it."""
+    folder = shutil.copytree(checkpoint, tmp_path / "pickled")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    found = start("compress", model_id=str(folder), distill_memory=given)
+    assert [found[name] for name in MEMORY] == ["16Gi", distill, "16Gi"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"the pods have the memory of an average model, since the sizes of {folder} are not known: ")
+
+
+def test_the_memory_follows_the_parameters_of_its_stage(start, capsys):
+    on_gpus, on_cpus = start("compress"), start("compress", prune_gpus=0, distill_gpus=0, quantize_gpus=0)
+    printed = capsys.readouterr().out.splitlines()
+    assert ["of each GPU" in line for line in printed] == [True] * 3 + [False] * 3
+    for name in MEMORY:  # CUDA's libraries take more than a tiny model
+        assert int(on_cpus[name].removesuffix("Gi")) < int(on_gpus[name].removesuffix("Gi"))
 
 
 def test_the_watch_for_the_hub_sees_the_stage_ask(start, no_hub):
@@ -146,10 +183,14 @@ CASES = [
     ("compress", {"publish_registry": "x"}, "publish_to must be given for a registry"),
     ("compress", {"distill_nproc_per_node": 2, "distill_gpus": 2}, "distill_nproc_per_node must be 1 for backend none"),
     ("compress", {"distill_gpus": 2}, "distill_nproc_per_node must be distill_gpus = 2, got 1"),
+    ("compress", {"prune_gpus": 2}, "prune_nproc_per_node must be prune_gpus = 2, got 1"),
+    ("compress", {"prune_nproc_per_node": 2, "nsamples": 1}, "prune_nproc_per_node must be at most nsamples = 1, got 2"),
     ("compress", {"distill_deepspeed_config": "x.json"}, "distill_deepspeed_config must be empty for backend none"),
     ("compress", {"prune_gpus": -1}, "prune_gpus must be at least 0, got -1"),
     ("compress", {"quantize_cpu": "many"}, "quantize_cpu must be a number of CPUs such as 4, 0.5 or 500m, got 'many'"),
-    ("compress", {"prune_memory": "16GB"}, "prune_memory must be an amount of memory such as 16Gi, got '16GB'"),
+    ("compress", {"prune_memory": "16GB"}, "prune_memory must be auto or an amount of memory such as 16Gi, got '16GB'"),
+    ("compress", {"quantize_memory": ""}, "quantize_memory must be auto or an amount of memory such as 16Gi, got ''"),
+    ("compress", {"light_memory": "auto"}, "light_memory must be an amount of memory such as 16Gi, got 'auto'"),
     ("compress", {"gpu_type": "A100"}, "gpu_type must be the name of a resource such as nvidia.com/gpu, got 'A100'"),
     ("compress-distributed", {"distill_learning_rate": -1}, "distill_learning_rate must be above 0, got -1.0"),
     ("compress-distributed", {"distill_kind": "mpijob"}, "distill_kind must be one of pytorchjob, trainjob, got 'mpijob'"),
@@ -158,7 +199,7 @@ CASES = [
     ("compress-distributed", {"distill_image": ""}, "distill_image must be given"),
     ("compress-distributed", {"distill_queue": "no queue"}, "distill_queue must be the name of a Kubernetes object"),
     ("compress-distributed", {"distill_handover": "handover"}, "distill_handover must be one of gs://bucket/prefix"),
-    ("compress-distributed", {"distill_memory": "0Gi"}, "distill_memory must be an amount of memory such as 16Gi, got '0Gi'"),
+    ("compress-distributed", {"distill_memory": "0Gi"}, "distill_memory must be auto or an amount of memory such as 16Gi, got"),
 ]
 
 
@@ -221,7 +262,7 @@ def test_a_model_in_a_folder_with_a_quotation_mark_is_found(start, checkpoint, t
     """It is no part of the dictionary, which could not hold it."""
     folder = tmp_path / 'it\'s "tiny" \\'
     shutil.copytree(checkpoint, folder)
-    assert start("compress", model_id=str(folder))[0] == str(folder)
+    assert start("compress", model_id=str(folder))["model_id"] == str(folder)
 
 
 @pytest.mark.parametrize(
@@ -276,3 +317,4 @@ def test_the_stage_runs_where_kfp_runs_it(checkpoint, corpus, tmp_path, changes)
         assert run.returncode == 0, run.stderr
         found = json.loads((tmp_path / "executor_output.json").read_text())["parameterValues"]
         assert found["model_id"] == str(checkpoint)
+        assert all(found[name].endswith("Gi") for name in MEMORY)
