@@ -136,6 +136,14 @@ def add_up(tensor: Tensor, process: int) -> None:
             dist.reduce(tensor, dst=process)
 
 
+def average(tensor: Tensor) -> None:
+    """Replace a tensor by the mean of those of all processes, in place."""
+    if dist.is_initialized():
+        with exchange():
+            dist.all_reduce(tensor)
+        tensor /= process_count()
+
+
 def spread(tensor: Tensor, process: int) -> None:
     """Copy a contiguous tensor, of any number format, from one process to all, in place."""
     if dist.is_initialized():

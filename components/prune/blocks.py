@@ -3,28 +3,33 @@
 The dense model's perplexity is measured on the way: its evaluation text goes through each block before it is pruned.
 """
 
+import copy
+import functools
+import itertools
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from components.core.blocks import linears
 from components.core.checkpoint.saving import parameters_outside, part_file, save_tensors
-from components.core.checks import parse_pattern
 from components.core.mask.integrity import enforce, integrity
 from components.core.mask.mask import Mask, save_mask_part
 from components.core.perplexity import from_losses
 from components.core.processes import from_all, is_main, process_count, rank, spread, together
 from components.core.progress import track
-from components.core.walk.stream import Stream
+from components.core.walk.stream import Batch, Stream
 from components.core.walk.walk import Walk
 from components.core.walk.work import SharedWork
-from components.prune.calibration import hessians, observe
+from components.prune.calibration import Group, hessians, in_order, observe
 from components.prune.config import PruneConfig
-from components.prune.magnitude import magnitude
-from components.prune.sparsegpt import sparsegpt
+from components.prune.layers import prune_layers
+from components.prune.recipe import recipe_of
+from components.prune.reconstruct import reconstruct
 
 
 def mask_part(folder: Path, index: int) -> Path:
@@ -38,17 +43,19 @@ class Texts:
 
     Attributes:
         calibration: through the pruned blocks.
+        reference: the same, through the dense blocks; None = the recipe does not need it.
         dense: evaluation text, through the dense blocks; None = perplexity is not measured, or this process has no row of it.
         pruned: the same, through the pruned blocks.
     """
 
     calibration: Stream
+    reference: Stream | None = None
     dense: Stream | None = None
     pruned: Stream | None = None
 
     def streams(self) -> list[Stream]:
         """All of them."""
-        return [stream for stream in (self.calibration, self.dense, self.pruned) if stream]
+        return [stream for stream in (self.calibration, self.reference, self.dense, self.pruned) if stream]
 
 
 def prune_model(
@@ -75,7 +82,7 @@ def prune_model(
     """
     done = len(work.results)
     with together():
-        texts = begin(walk, work.folder, calibration, evaluation, fresh=done == 0)
+        texts = begin(walk, work.folder, calibration, evaluation, recipe_of(config).needs_dense, fresh=done == 0)
     for index in track(range(done, len(walk.blocks)), "pruning blocks", len(walk.blocks) - done):
         with walk.block(index) as block:
             result = prune_block(walk, block, index, texts, work.folder, config)
@@ -91,7 +98,7 @@ def prune_model(
         return dict(zip(("perplexity_before", "perplexity"), (from_losses(each, evaluation) for each in losses), strict=True))
 
 
-def begin(walk: Walk, folder: Path, calibration: Tensor, evaluation: Tensor | None, fresh: bool) -> Texts:
+def begin(walk: Walk, folder: Path, calibration: Tensor, evaluation: Tensor | None, needs_dense: bool, fresh: bool) -> Texts:
     """Check the model and write what lies outside its blocks, unless an earlier process has; returns this process's texts."""
     if fresh:
         walk.check()
@@ -100,10 +107,12 @@ def begin(walk: Walk, folder: Path, calibration: Tensor, evaluation: Tensor | No
             outside = walk.weights.stored_names(parameters_outside(walk.model, walk.blocks))
             save_tensors(outside, part_file(folder, 0))
         texts = Texts(walk.record(share(calibration), folder, f"calibration-{rank()}", fresh))
+        if needs_dense:
+            texts = replace(texts, reference=walk.twin(texts.calibration, folder, f"reference-{rank()}", fresh))
         if evaluation is None or not len(share(evaluation)):
             return texts
         dense = walk.record(share(evaluation), folder, f"dense-{rank()}", fresh)
-        return Texts(texts.calibration, dense, walk.twin(dense, folder, f"pruned-{rank()}", fresh))
+        return replace(texts, dense=dense, pruned=walk.twin(dense, folder, f"pruned-{rank()}", fresh))
 
 
 def share(rows: Tensor) -> Tensor:
@@ -113,30 +122,29 @@ def share(rows: Tensor) -> Tensor:
 
 def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: Path, config: PruneConfig) -> dict[str, Any]:
     """Prune a block's linear layers, write them with their mask, and let the texts go through; returns the block's result."""
-    prefix = f"{walk.name}.{index}"
+    prefix, recipe = f"{walk.name}.{index}", recipe_of(config)
     with together():
-        if texts.dense:
-            walk.advance(texts.dense, index)
-        observed = observe(block, texts.calibration.batches(index, walk.device))
-    groups = hessians(block, observed, prefix)
-    masks: dict[str, Tensor] = {}
-    layers: list[dict[str, Any]] = []
+        dense = copy.deepcopy(block) if recipe.target == "dense" else None
+        for text in (texts.dense, texts.reference):
+            if text:
+                walk.advance(text, index)
+    layers = Layers()
+    steps = [[*linears(block)]]
+    if recipe.order == "sequential":
+        steps = in_order(block, texts.calibration.batches(index, walk.device))
+    for names in steps:
+        with together():
+            pairs = (dense, texts.reference.batches(index, walk.device)) if dense and texts.reference else None
+            observed = observe(block, texts.calibration.batches(index, walk.device), names, pairs)
+        prune_groups(block, hessians(block, observed, prefix), layers, prefix, config)
+    result: dict[str, Any] = {}
+    if recipe.reconstruct == "block" and texts.reference:
+        examples = functools.partial(targets, walk, index, texts.calibration, texts.reference)
+        masks = {f"{name}.weight": mask for name, mask in layers.masks.items()}
+        before, after = reconstruct(block, examples, masks, epochs=recipe.reconstruct_epochs)
+        result["reconstruction"] = {"error_before": before, "error_after": after}
     with together():
-        for group in groups:
-            if group.hessian is not None:
-                for name, (mask, layer) in prune_group(block, group.names, group.hessian, prefix, config).items():
-                    masks[name] = mask
-                    layers.append({"name": f"{prefix}.{name}.weight", "block": index, "linear": name, **layer})
-    kept: dict[str, Tensor] = {}
-    for group in groups:
-        for name in group.names:
-            weight = block.get_parameter(f"{name}.weight").data
-            mask = masks[name] if name in masks else torch.empty_like(weight, dtype=torch.bool)  # pruned elsewhere
-            spread(weight, group.process)
-            spread(mask, group.process)
-            kept[f"{prefix}.{name}.weight"] = mask.cpu()
-    found = {layer["name"]: layer for layers_of_one in from_all(layers) for layer in layers_of_one}
-    with together():
+        kept = {f"{prefix}.{name}.weight": layers.masks[name].cpu() for name in linears(block)}
         state = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
         check = integrity(state, Mask(kept, config.pattern, config.sparsity))
         enforce(check)
@@ -146,39 +154,54 @@ def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: 
         for text in (texts.calibration, texts.pruned):
             if text:
                 walk.advance(text, index)
-    return {"layers": [found[name] for name in kept], "sparse_integrity_check": check}
+    where = {name: {"name": f"{prefix}.{name}.weight", "block": index, "linear": name} for name in linears(block)}
+    measured = [place | layers.measured[name] for name, place in where.items()]
+    return result | {"layers": measured, "sparse_integrity_check": check}
 
 
-def prune_group(
-    block: nn.Module, names: list[str], hessian: Tensor, prefix: str, config: PruneConfig
-) -> dict[str, tuple[Tensor, dict[str, Any]]]:
-    """Prune a block's layers that have the same inputs, in place; returns name → mask [out, in], and what is to be known."""
-    start = time.monotonic()
-    weights = [block.get_parameter(f"{name}.weight").data for name in names]
-    found = prune_layers(weights, hessian, config, ", ".join(f"{prefix}.{name}" for name in names))
-    errors = [relative_error(dense, new, hessian) for dense, (new, _) in zip(weights, found, strict=True)]
-    seconds = round((time.monotonic() - start) / len(names), 4)
-    pruned = {}
-    for name, weight, (new, mask), error in zip(names, weights, found, errors, strict=True):
-        weight.copy_(new)
-        sparsity = 1 - int(mask.sum()) / mask.numel()
-        layer = {"shape": list(mask.shape), "sparsity": sparsity, "relative_error": error, "seconds": seconds}
-        pruned[name] = mask, layer
-    return pruned
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a block that are pruned: name → mask [out, in], and name → what is to be known."""
+
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def prune_layers(weights: list[Tensor], hessian: Tensor, config: PruneConfig, what: str) -> list[tuple[Tensor, Tensor]]:
-    """Prune layers with the same inputs by the method that is set; arguments and result as for `sparsegpt`."""
-    n_of_m = parse_pattern(config.pattern)
-    if config.method == "magnitude":
-        return [magnitude(weight, config.sparsity, n_of_m) for weight in weights]
-    return sparsegpt(weights, hessian, config.sparsity, n_of_m, damping=config.damping, block_size=config.block_size, what=what)
+def prune_groups(block: nn.Module, groups: list[Group], layers: Layers, prefix: str, config: PruneConfig) -> None:
+    """Prune groups of a block's layers in place, each in its process, and add them to `layers` in all."""
+    measured: dict[str, dict[str, Any]] = {}
+    with together():
+        for group in groups:
+            if group.hessian is None:
+                continue
+            start = time.monotonic()
+            weights = [block.get_parameter(f"{name}.weight").data for name in group.names]
+            what = ", ".join(f"{prefix}.{name}" for name in group.names)
+            found = prune_layers(weights, group.hessian, config, what, group.cross)
+            seconds = round((time.monotonic() - start) / len(group.names), 4)
+            for name, weight, pruned in zip(group.names, weights, found, strict=True):
+                weight.copy_(pruned.weight)
+                layers.masks[name] = pruned.mask
+                sparsity = 1 - int(pruned.mask.sum()) / pruned.mask.numel()
+                known = {"shape": list(pruned.mask.shape), "sparsity": sparsity, "seconds": seconds}
+                measured[name] = known | pruned.measured
+    for group in groups:
+        for name in group.names:
+            weight = block.get_parameter(f"{name}.weight").data
+            if name not in layers.masks:  # pruned elsewhere
+                layers.masks[name] = torch.empty_like(weight, dtype=torch.bool)
+            spread(weight, group.process)
+            spread(layers.masks[name], group.process)
+    for found_by_one in from_all(measured):
+        layers.measured.update(found_by_one)
 
 
-@torch.no_grad()
-def relative_error(dense: Tensor, sparse: Tensor, hessian: Tensor) -> float:
-    """‖WX − ŴX‖² / ‖WX‖², computed from the Hessian XXᵀ [in, in]; weights [out, in]."""
-    dense = dense.float()
-    change = sparse - dense
-    moved = torch.einsum("oi,oi->", change @ hessian, change)
-    return float(moved / torch.einsum("oi,oi->", dense @ hessian, dense).clamp_min(torch.finfo(torch.float32).tiny))
+def targets(walk: Walk, index: int, calibration: Stream, reference: Stream) -> Iterator[tuple[Batch, Tensor]]:
+    """The batches that go into block `index` of the pruned model, each with what the dense model's block has made of its text.
+
+    Processes with fewer batches than others begin again, so that all take the same number of steps.
+    """
+    count = max(from_all(len(calibration.calls)))
+    wanted = reference.before(index + 1)
+    for batch in itertools.islice(itertools.cycle(calibration.batches(index, walk.device)), count):
+        yield batch, wanted.read(batch.rows, walk.device)

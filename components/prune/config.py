@@ -8,11 +8,12 @@ from components.core.corpus import WIKITEXT2, check_data, check_held_out
 from components.core.files import check_new
 from components.core.models import check_model_id
 from components.core.settings import INPUT, OUTPUT, CalibrationSettings, DeviceSettings, EvalSettings, ModelSettings
+from components.prune.recipe import AUTO, AUTO_NUMBER, CHOICES, EFFORTS
 
-METHODS = ("sparsegpt", "magnitude")
 NOT_IN_PIPELINES = {
     "damping": "expert setting: a value that is too small is increased automatically, and logged",
     "block_size": "expert setting: it hardly changes the result",
+    "reconstruct_epochs": "expert setting: effort has values that were measured",
 }
 
 
@@ -24,8 +25,26 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
     """Fraction of weights to remove from each linear layer, in [0, 1); must be 1 - N/M for an N:M pattern."""
     pattern: str = "unstructured"
     """`unstructured`, or N:M to keep N of every M consecutive weights in a row, e.g. 2:4."""
-    method: str = "sparsegpt"
-    """`sparsegpt` (Hessian-aware; adjusts the remaining weights to compensate) or `magnitude` (the plain baseline)."""
+    effort: str = "fast"
+    """How much is done for the quality of the pruned model: `fast`, `balanced` or `best`. It sets method, refit, order, target,
+    swaps and reconstruct, unless they are given."""
+    method: str = AUTO
+    """`sparsegpt` (Hessian-aware; adjusts the remaining weights to compensate), `alps` (solves the same problem better), or a
+    baseline, `wanda` or `magnitude`; `auto` = by effort."""
+    refit: int = AUTO_NUMBER
+    """Iterations in which the kept weights are fitted to the mask; 0 = none, -1 = by effort."""
+    order: str = AUTO
+    """`block`: all layers of a block are pruned at a time; `sequential`: one after another, each for the inputs that those
+    before it give; `auto` = by effort."""
+    target: str = AUTO
+    """What a layer should reproduce for its inputs in the pruned model: the output of its dense weights for them (`pruned`), or
+    its output in the dense model (`dense`); `auto` = by effort."""
+    swaps: int = AUTO_NUMBER
+    """Rounds in which each row exchanges a kept for a removed weight where that lowers its error; 0 = none, -1 = by effort."""
+    reconstruct: str = AUTO
+    """`block`: train each block's kept weights to give the dense block's outputs; `none`; `auto` = by effort."""
+    reconstruct_epochs: int = AUTO_NUMBER
+    """Passes over the calibration text in which a block is trained; -1 = by effort."""
     damping: float = 0.01
     """Value added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
     block_size: int = 128
@@ -37,7 +56,13 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
         super().__post_init__()
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
-        check_one_of("method", self.method, METHODS)
+        check_one_of("effort", self.effort, EFFORTS)
+        for parameter, choices in CHOICES.items():
+            check_one_of(parameter, getattr(self, parameter), (AUTO, *choices))
+        for parameter in ("refit", "swaps"):
+            check_at_least(parameter, getattr(self, parameter), AUTO_NUMBER)
+        if self.reconstruct_epochs != AUTO_NUMBER:
+            check_at_least("reconstruct_epochs", self.reconstruct_epochs, 1)
         check_at_least("block_size", self.block_size, 1)
         check_at_least("nproc_per_node", self.nproc_per_node, 1)
         if self.nproc_per_node > self.nsamples:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from components.core.processes import average
 from components.core.walk.stream import Batch, run_block
 
 Examples = Callable[[], Iterable[tuple[Batch, Tensor]]]  # for each epoch anew: a batch and what the block should make of it
@@ -32,7 +33,7 @@ Examples = Callable[[], Iterable[tuple[Batch, Tensor]]]  # for each epoch anew: 
 def reconstruct(
     block: nn.Module, examples: Examples, masks: Mapping[str, Tensor], *, epochs: int = 4, learning_rate: float = 0.02
 ) -> tuple[float, float]:
-    """Train the kept weights of a pruned block, in place.
+    """Train the kept weights of a pruned block, in place; processes that share the examples all call this.
 
     Args:
         block: the block, with its removed weights at zero.
@@ -64,6 +65,7 @@ def reconstruct(
             gradients = torch.autograd.grad(token_error(run_block(block, batch), wanted), weights, materialize_grads=True)
             for copy, gradient, mask in zip(copies, gradients, masks.values(), strict=True):
                 copy.grad = gradient.float() * mask
+                average(copy.grad)
             optimizer.step()
             schedule.step()
             _assign(weights, copies)
@@ -86,8 +88,10 @@ def token_error(found: Tensor, wanted: Tensor) -> Tensor:
 @torch.no_grad()
 def _mean_loss(block: nn.Module, examples: Examples) -> tuple[float, int]:
     """(Mean of the batches' losses, number of batches)."""
-    losses = [float(token_error(run_block(block, batch), wanted)) for batch, wanted in examples()]
-    return sum(losses) / len(losses), len(losses)
+    losses = torch.stack([token_error(run_block(block, batch), wanted) for batch, wanted in examples()])
+    loss = losses.mean()
+    average(loss)
+    return float(loss), len(losses)
 
 
 @torch.no_grad()

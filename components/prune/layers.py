@@ -1,0 +1,110 @@
+"""Prune linear layers that have the same inputs: by the method that is chosen, and then by what makes its result better."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.core.checks import parse_pattern
+from components.prune.alps import alps
+from components.prune.conditioning import Factor, inverse_factor
+from components.prune.config import PruneSettings
+from components.prune.magnitude import magnitude
+from components.prune.recipe import recipe_of
+from components.prune.refit import refit
+from components.prune.sparsegpt import visit_columns
+from components.prune.swaps import swap
+from components.prune.wanda import wanda
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned layer.
+
+    Attributes:
+        weight: float32 [out, in], zero where it is not kept.
+        mask: bool [out, in], True = kept.
+        measured: what is known of it, by name: `relative_error`, the error of its output on the calibration text; the same
+            before swaps and refit, `relative_error_of_method`; `damping` that the Hessian took and a lower bound of its
+            `condition`, if the method factorized it; `dead_inputs`.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    measured: dict[str, Any]
+
+
+@torch.no_grad()
+def prune_layers(
+    weights: list[Tensor], hessian: Tensor, config: PruneSettings, what: str, cross: Tensor | None = None
+) -> list[Pruned]:
+    """Prune linear layers that have the same inputs, each to the same sparsity.
+
+    Args:
+        weights: [out, in] each.
+        hessian: float32 [in, in], from their inputs x: 2/n · Σ xᵀx.
+        config: the stage's settings.
+        what: the layers' names, for messages.
+        cross: float32 [in, in], 2/n · Σ dᵀx for the inputs d of the same layers in the dense model, whose outputs are then what
+            is to be reproduced; None = the outputs of the dense weights for x.
+
+    Raises:
+        ValueError: see `inverse_factor`.
+    """
+    recipe, n_of_m = recipe_of(config), parse_pattern(config.pattern)
+    needs_factor = recipe.method in ("sparsegpt", "alps") or cross is not None
+    factor = inverse_factor(hessian, config.damping, what, normalise=True) if needs_factor else None
+    if cross is not None:
+        assert factor
+        weights = [best_weight(weight, hessian, cross, factor) for weight in weights]
+    methods: dict[str, Any] = {
+        "sparsegpt": partial(visit_columns, hessian=factor, block_size=config.block_size),
+        "alps": partial(alps, hessian=hessian, damping=config.damping, what=what),
+        "wanda": partial(wanda, hessian=hessian),
+        "magnitude": lambda weights, sparsity, n_of_m: [magnitude(weight, sparsity, n_of_m) for weight in weights],
+    }
+    found = methods[recipe.method](weights, sparsity=config.sparsity, n_of_m=n_of_m)
+    pruned = []
+    for dense, (weight, mask) in zip(weights, found, strict=True):
+        first = relative_error(dense, weight, hessian)
+        target = dense.float() @ hessian
+        if recipe.swaps:
+            weight, mask = swap(weight, mask, hessian, target, n_of_m, rounds=recipe.swaps)
+        if recipe.refit:
+            weight = refit(weight, mask, hessian, target, iterations=recipe.refit)
+        measured = {
+            "relative_error": relative_error(dense, weight, hessian),
+            "relative_error_of_method": first,
+            "damping": factor.damping if factor else None,
+            "condition": factor.condition if factor else None,
+            "dead_inputs": int((hessian.diagonal() == 0).sum()),
+        }
+        pruned.append(Pruned(weight, mask, measured))
+    return pruned
+
+
+def best_weight(weight: Tensor, hessian: Tensor, cross: Tensor, factor: Factor) -> Tensor:
+    """The dense weight that does best on other inputs: argmin over Ŵ of ‖WD − ŴX‖², damped towards W.
+
+    With H = XXᵀ and C = DXᵀ it is W + W(C − H)(H + λD)⁻¹.
+
+    Args:
+        weight: W, [out, in].
+        hessian: H, float32 [in, in].
+        cross: C, float32 [in, in], scaled as H is.
+        factor: that of the damped Hessian.
+    """
+    dense = weight.float()
+    moved = (dense @ (cross - hessian)).masked_fill_(factor.dead, 0)
+    found: Tensor = dense + moved @ factor.upper.T @ factor.upper
+    return found
+
+
+def relative_error(dense: Tensor, sparse: Tensor, hessian: Tensor) -> float:
+    """‖WX − ŴX‖² / ‖WX‖², computed from the Hessian XXᵀ [in, in]; weights [out, in]."""
+    dense = dense.float()
+    change = sparse - dense
+    moved = torch.einsum("oi,oi->", change @ hessian, change)
+    return float(moved / torch.einsum("oi,oi->", dense @ hessian, dense).clamp_min(torch.finfo(torch.float32).tiny))
