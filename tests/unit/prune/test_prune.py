@@ -211,12 +211,14 @@ class KilledError(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("moment", range(10))
-def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path, corpus, monkeypatch, moment):
+@pytest.mark.parametrize(
+    ("moment", "effort"), [*((moment, "fast") for moment in range(10)), *((moment, "best") for moment in (3, 5))]
+)
+def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path, corpus, monkeypatch, moment, effort):
     """Killed before or after each of the moments when something is written."""
     save_tiny(tmp_path / "dense")
     places = {"dense_model": str(tmp_path / "dense"), "calibration_data": str(corpus), "eval_data": str(corpus)}
-    common = places | {"nsamples": 2, "seq_len": 16, "eval_blocks": 2, "eval_seq_len": 16}
+    common = places | {"nsamples": 2, "seq_len": 16, "eval_blocks": 2, "eval_seq_len": 16, "effort": effort}
     wanted = run(settings(**common, output_dir=str(tmp_path / "wanted")))
     pruned: list[str] = []
     left = [moment]
