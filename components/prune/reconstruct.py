@@ -31,7 +31,7 @@ Examples = Callable[[], Iterable[tuple[Batch, Tensor]]]  # for each epoch anew: 
 
 @torch.enable_grad()
 def reconstruct(
-    block: nn.Module, examples: Examples, masks: Mapping[str, Tensor], *, epochs: int = 4, learning_rate: float = 0.02
+    block: nn.Module, examples: Examples, masks: Mapping[str, Tensor], *, epochs: int = 4, learning_rate: float = 0.01
 ) -> tuple[float, float]:
     """Train the kept weights of a pruned block, in place; processes that share the examples all call this.
 
