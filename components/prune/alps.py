@@ -29,9 +29,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from components.prune.conditioning import input_scales, inverse_factor
+from components.prune.conditioning import Factor, input_scales
 from components.prune.selection import keep_largest
-from components.prune.sparsegpt import visit_columns
+from components.prune.sparsegpt import sparsegpt
 
 FIRST_RHO = 0.1
 PERIOD = 3  # iterations with the same ρ
@@ -43,36 +43,30 @@ STABLE = 0.0003  # share of the mask; it is stable if no more has changed
 def alps(
     weights: Sequence[Tensor],
     hessian: Tensor,
+    factor: Factor,
     sparsity: float,
     n_of_m: tuple[int, int] | None = None,
     *,
-    damping: float = 0.01,
     iterations: int = 60,
-    what: str = "layer",
 ) -> list[tuple[Tensor, Tensor]]:
     """Prune linear layers that have the same inputs, each to the same sparsity.
 
     Args:
         weights: [out, in] each.
         hessian: float32 [in, in], computed from the layers' inputs.
+        factor: the same, factorized with damping by each entry.
         sparsity: fraction of weights to remove, in [0, 1).
         n_of_m: keep N of every M consecutive weights in a row, instead of choosing in the whole matrix.
-        damping: fraction of each entry of the Hessian's diagonal to add to it, see `inverse_factor`.
         iterations: of ADMM, at most; usually 30 are enough.
-        what: the layers' names, for messages.
 
     Returns:
         for each layer (float32 pruned weight [out, in], bool mask [out, in], True = kept).
-
-    Raises:
-        ValueError: see `inverse_factor`.
     """
-    factor = inverse_factor(hessian, damping, what, normalise=True)
     scales, inverse_scales = input_scales(hessian)
     normal = hessian * inverse_scales * inverse_scales[:, None]
     normal.diagonal().add_(factor.damping)
     found = []
-    for weight, (start, kept) in zip(weights, visit_columns(weights, factor, sparsity, n_of_m), strict=True):
+    for weight, (start, kept) in zip(weights, sparsegpt(weights, factor, sparsity, n_of_m), strict=True):
         pruned, kept = _search(weight.float() * scales, normal, start * scales, kept, sparsity, n_of_m, iterations)
         found.append((pruned * inverse_scales, kept))
     return found

@@ -1,5 +1,6 @@
 """Prune linear layers that have the same inputs: by the method that is chosen, and then by what makes its result better."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from components.prune.config import PruneSettings
 from components.prune.magnitude import magnitude
 from components.prune.recipe import recipe_of
 from components.prune.refit import refit
-from components.prune.sparsegpt import visit_columns
+from components.prune.sparsegpt import sparsegpt
 from components.prune.swaps import swap
 from components.prune.wanda import wanda
 
@@ -26,9 +27,9 @@ class Pruned:
     Attributes:
         weight: float32 [out, in], zero where it is not kept.
         mask: bool [out, in], True = kept.
-        measured: what is known of it, by name: `relative_error`, the error of its output on the calibration text; the same
-            before swaps and refit, `relative_error_of_method`; `damping` that the Hessian took and a lower bound of its
-            `condition`, if the method factorized it; `dead_inputs`.
+        measured: what is known of it, by name: `relative_error`, that of its output on the calibration text; the same before
+            swaps and refit, `relative_error_of_method`; the `damping` that the Hessian took, a lower bound of its `condition`,
+            and how many `dead_inputs` it has, which are always zero.
     """
 
     weight: Tensor
@@ -54,16 +55,14 @@ def prune_layers(
         ValueError: see `inverse_factor`.
     """
     recipe, n_of_m = recipe_of(config), parse_pattern(config.pattern)
-    needs_factor = recipe.method in ("sparsegpt", "alps") or cross is not None
-    factor = inverse_factor(hessian, config.damping, what, normalise=True) if needs_factor else None
+    factor = inverse_factor(hessian, config.damping, what, normalise=True)
     if cross is not None:
-        assert factor
         weights = [best_weight(weight, hessian, cross, factor) for weight in weights]
-    methods: dict[str, Any] = {
-        "sparsegpt": partial(visit_columns, hessian=factor, block_size=config.block_size),
-        "alps": partial(alps, hessian=hessian, damping=config.damping, what=what),
+    methods: dict[str, Callable[..., list[tuple[Tensor, Tensor]]]] = {
+        "sparsegpt": partial(sparsegpt, factor=factor, block_size=config.block_size),
+        "alps": partial(alps, hessian=hessian, factor=factor),
         "wanda": partial(wanda, hessian=hessian),
-        "magnitude": lambda weights, sparsity, n_of_m: [magnitude(weight, sparsity, n_of_m) for weight in weights],
+        "magnitude": magnitude,
     }
     found = methods[recipe.method](weights, sparsity=config.sparsity, n_of_m=n_of_m)
     pruned = []
@@ -77,9 +76,9 @@ def prune_layers(
         measured = {
             "relative_error": relative_error(dense, weight, hessian),
             "relative_error_of_method": first,
-            "damping": factor.damping if factor else None,
-            "condition": factor.condition if factor else None,
-            "dead_inputs": int((hessian.diagonal() == 0).sum()),
+            "damping": factor.damping,
+            "condition": factor.condition,
+            "dead_inputs": int(factor.dead.sum()),
         }
         pruned.append(Pruned(weight, mask, measured))
     return pruned
@@ -107,4 +106,5 @@ def relative_error(dense: Tensor, sparse: Tensor, hessian: Tensor) -> float:
     dense = dense.float()
     change = sparse - dense
     moved = torch.einsum("oi,oi->", change @ hessian, change)
-    return float(moved / torch.einsum("oi,oi->", dense @ hessian, dense).clamp_min(torch.finfo(torch.float32).tiny))
+    whole = torch.einsum("oi,oi->", dense @ hessian, dense)
+    return float(moved.clamp_min(0) / whole.clamp_min(torch.finfo(torch.float32).tiny))  # rounding may make it negative

@@ -3,6 +3,8 @@
 Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015, here applied per layer and in one shot.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,17 +12,16 @@ from components.prune.selection import keep_largest
 
 
 @torch.no_grad()
-def magnitude(weight: Tensor, sparsity: float, n_of_m: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
-    """Prune one linear layer.
+def magnitude(weights: Sequence[Tensor], sparsity: float, n_of_m: tuple[int, int] | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Prune linear layers, each to the same sparsity.
 
     Args:
-        weight: [out, in].
+        weights: [out, in] each.
         sparsity: fraction of weights to remove, in [0, 1).
         n_of_m: keep N of every M consecutive weights in a row.
 
     Returns:
-        (float32 pruned weight [out, in], bool mask [out, in], True = kept).
+        for each layer (float32 pruned weight [out, in], bool mask [out, in], True = kept).
     """
-    weight = weight.detach().float()
-    kept = keep_largest(weight.abs(), sparsity, n_of_m)
-    return weight * kept, kept
+    masks = [keep_largest(weight.detach().abs(), sparsity, n_of_m) for weight in weights]
+    return [(weight.detach().float() * kept, kept) for weight, kept in zip(weights, masks, strict=True)]

@@ -14,8 +14,7 @@ product.
 Layers with the same inputs (q, k and v; gate and up) have the same U, so they are pruned in one pass, each with its own mask.
 
 Unlike in the public reference implementation, exactly `pruned_count(sparsity, numel)` weights are removed, even if scores are
-tied, and a Hessian that is not positive definite is damped more strongly or factorized in float64, which is logged, or else
-rejected. All other arithmetic is float32.
+tied. All arithmetic is float32.
 """
 
 from collections.abc import Sequence
@@ -24,57 +23,41 @@ import torch
 from torch import Tensor
 
 from components.core.mask.mask import pruned_count
-from components.prune.conditioning import Factor, inverse_factor
+from components.prune.conditioning import Factor
 
 
 @torch.no_grad()
 def sparsegpt(
     weights: Sequence[Tensor],
-    hessian: Tensor,
+    factor: Factor,
     sparsity: float,
     n_of_m: tuple[int, int] | None = None,
     *,
-    damping: float = 0.01,
     block_size: int = 128,
-    normalise: bool = False,
-    what: str = "layer",
 ) -> list[tuple[Tensor, Tensor]]:
     """Prune linear layers that have the same inputs, each to the same sparsity.
 
     Args:
         weights: [out, in] each.
-        hessian: float32 [in, in], computed from the layers' inputs.
+        factor: the factorized Hessian of the layers' inputs, [in, in].
         sparsity: fraction of weights to remove, in [0, 1).
         n_of_m: keep N of every M consecutive weights in a row, instead of choosing across the whole block of columns.
-        damping: see `inverse_factor`.
         block_size: columns whose mask is chosen together; a multiple of M.
-        normalise: see `inverse_factor`.
-        what: the layers' names, for messages.
 
     Returns:
         for each layer (float32 pruned weight [out, in], bool mask [out, in], True = kept).
-
-    Raises:
-        ValueError: see `inverse_factor`.
     """
-    return visit_columns(weights, inverse_factor(hessian, damping, what, normalise), sparsity, n_of_m, block_size)
-
-
-def visit_columns(
-    weights: Sequence[Tensor], hessian: Factor, sparsity: float, n_of_m: tuple[int, int] | None, block_size: int = 128
-) -> list[tuple[Tensor, Tensor]]:
-    """What `sparsegpt` does with the factorized Hessian; the other arguments and the result are the same."""
     rows = [len(weight) for weight in weights]
     # transposed, so that a column of the weights is contiguous memory: [in, out of all layers]
     columns = torch.cat([weight.detach().float() for weight in weights]).T.contiguous()
-    columns[hessian.dead] = 0  # weights without effect, which are the first to be removed
-    factor = hessian.upper
+    columns[factor.dead] = 0  # weights without effect, which are the first to be removed
+    upper = factor.upper
     kept = torch.ones_like(columns, dtype=torch.bool)
     removed = [0] * len(rows)
     for start in range(0, len(columns), block_size):
         end = min(start + block_size, len(columns))
         block, block_kept = columns[start:end], kept[start:end]  # views: [block, out]
-        local = factor[start:end, start:end]  # [block, block]
+        local = upper[start:end, start:end]  # [block, block]
         scale = local.diagonal()[:, None]  # [block, 1]
         if n_of_m is None:
             scores = (block / scale).square()
@@ -95,6 +78,6 @@ def visit_columns(
             error.masked_fill_(block_kept[column], 0)
             block[column + 1 :].addr_(local[column, column + 1 :], error, alpha=-1)
         block.masked_fill_(~block_kept, 0)  # exactly zero, whatever the rounding
-        columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+        columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     parts = zip(columns.split(rows, 1), kept.split(rows, 1), strict=True)
     return [(weight.T.contiguous(), mask.T.contiguous()) for weight, mask in parts]

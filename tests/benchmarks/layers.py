@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from components.core.blocks import linears
 from components.core.checkpoint.loading import load_tokenizer
 from components.core.checks import parse_pattern
 from components.core.cli import parse
@@ -26,8 +25,10 @@ from components.core.models import SMOLLM2, local_folder
 from components.core.tokens import build_blocks
 from components.core.walk.walk import Walk
 from components.prune.alps import alps
-from components.prune.blocks import relative_error, sharing
-from components.prune.calibration import hessians
+from components.prune.calibration import hessians, observe
+from components.prune.conditioning import Factor, inverse_factor
+from components.prune.config import PruneConfig
+from components.prune.layers import relative_error
 from components.prune.magnitude import magnitude
 from components.prune.refit import refit
 from components.prune.sparsegpt import sparsegpt
@@ -81,9 +82,10 @@ def compute_groups(config: LayersConfig) -> Iterator[Group]:
         for index in range(max(config.blocks) + 1):
             with walk.block(index) as block:
                 if index in config.blocks:
-                    hessian_of, layer_of = hessians(block, text.batches(index, walk.device), f"block {index}"), linears(block)
-                    for names in sharing(hessian_of):
-                        yield Group(index, [layer_of[name].weight.data.clone() for name in names], hessian_of[names[0]])
+                    for group in hessians(block, observe(block, text.batches(index, walk.device)), f"block {index}"):
+                        assert group.hessian is not None  # there is one process
+                        weights = [block.get_parameter(f"{name}.weight").data.clone() for name in group.names]
+                        yield Group(index, weights, group.hessian)
                 walk.advance(text, index)
 
 
@@ -101,6 +103,11 @@ def load_groups(config: LayersConfig) -> list[Group]:
 def refitted(pruned: Pruned, hessian: Tensor, target: Tensor, iterations: int) -> Pruned:
     """A refit as a step."""
     return refit(*pruned, hessian, target, iterations=iterations), pruned[1]
+
+
+def factor(hessian: Tensor, normalise: bool = True) -> Factor:
+    """The factorized Hessian, with the default damping."""
+    return inverse_factor(hessian, PruneConfig.damping, "layer", normalise)
 
 
 def measure(name: str, groups: list[Group], prune: Callable[[list[Tensor], Tensor], list[Pruned]], steps: list[Step]) -> None:
@@ -128,12 +135,14 @@ def main() -> None:
     n_of_m, groups = parse_pattern(config.pattern), load_groups(config)
     sparsity = config.sparsity
     methods: dict[str, Callable[[list[Tensor], Tensor], list[Pruned]]] = {
-        "magnitude": lambda weights, _: [magnitude(weight, sparsity, n_of_m) for weight in weights],
+        "magnitude": lambda weights, _: magnitude(weights, sparsity, n_of_m),
         "wanda": lambda weights, hessian: wanda(weights, hessian, sparsity, n_of_m),
-        "sparsegpt": lambda weights, hessian: sparsegpt(weights, hessian, sparsity, n_of_m),
-        "sparsegpt, normalised": lambda weights, hessian: sparsegpt(weights, hessian, sparsity, n_of_m, normalise=True),
-        "alps, 15 iterations": lambda weights, hessian: alps(weights, hessian, sparsity, n_of_m, iterations=15),
-        "alps": lambda weights, hessian: alps(weights, hessian, sparsity, n_of_m),
+        "sparsegpt, damped by the mean": lambda weights, hessian: sparsegpt(weights, factor(hessian, False), sparsity, n_of_m),
+        "sparsegpt": lambda weights, hessian: sparsegpt(weights, factor(hessian), sparsity, n_of_m),
+        "alps, 15 iterations": lambda weights, hessian: alps(
+            weights, hessian, factor(hessian), sparsity, n_of_m, iterations=15
+        ),
+        "alps": lambda weights, hessian: alps(weights, hessian, factor(hessian), sparsity, n_of_m),
     }
     refits: dict[str, list[Step]] = {f" + refit {count}": [partial(refitted, iterations=count)] for count in (10, 20, 40)}
     exchanges: list[Step] = [*refits[" + refit 10"], lambda found, *more: swap(*found, *more, n_of_m), *refits[" + refit 10"]]

@@ -1,7 +1,39 @@
 """Layers to prune: weights, and Hessians of inputs like those of a model or worse."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from components.prune import alps as alps_method
+from components.prune import sparsegpt as sparsegpt_method
+from components.prune.conditioning import inverse_factor
+
+Patterns = tuple[int, int] | None
+
+
+def sparsegpt(
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    sparsity: float,
+    n_of_m: Patterns = None,
+    damping: float = 0.01,
+    normalise: bool = False,
+    what: str = "layer",
+    **more: Any,
+) -> list[tuple[Tensor, Tensor]]:
+    """The method from the Hessian on."""
+    factor = inverse_factor(hessian, damping, what, normalise)
+    return sparsegpt_method.sparsegpt(weights, factor, sparsity, n_of_m, **more)
+
+
+def alps(
+    weights: Sequence[Tensor], hessian: Tensor, sparsity: float, n_of_m: Patterns = None, damping: float = 0.01
+) -> list[tuple[Tensor, Tensor]]:
+    """The method from the Hessian on."""
+    factor = inverse_factor(hessian, damping, "layer", normalise=True)
+    return alps_method.alps(weights, hessian, factor, sparsity, n_of_m)
 
 
 def layer(rows: int, columns: int, seed: int = 0, samples: int = 200) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,7 @@ import torch
 from components.core.mask.mask import pruned_count
 from components.prune.conditioning import inverse_factor
 from components.prune.selection import keep_largest
-from components.prune.sparsegpt import sparsegpt
-from tests.unit.prune.layers import AWKWARD, awkward_layer, error_of, inputs_with_a_sink, layer
+from tests.unit.prune.layers import AWKWARD, awkward_layer, error_of, inputs_with_a_sink, layer, sparsegpt
 
 
 @pytest.mark.parametrize("kind", AWKWARD)

@@ -104,7 +104,7 @@ def test_several_processes_prune_like_one(tmp_path, corpus, processes, changes):
     for theirs, ours in zip(wanted["details"]["layers"], found["details"]["layers"], strict=True):
         assert ours["sparsity"] == theirs["sparsity"]
         for measured in ("relative_error", "relative_error_of_method", "condition", "damping"):
-            assert ours[measured] == (None if theirs[measured] is None else pytest.approx(theirs[measured], rel=1e-2))
+            assert ours[measured] == pytest.approx(theirs[measured], rel=1e-2, abs=1e-6)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "several")]
     masks = [load_mask(tmp_path / name) for name in ("one", "several")]
     for name, kept in masks[0].tensors.items():

@@ -14,9 +14,8 @@ from components.prune.calibration import hessians, in_order, observe
 from components.prune.conditioning import inverse_factor
 from components.prune.layers import best_weight, prune_layers
 from components.prune.recipe import EFFORTS, Recipe, recipe_of
-from components.prune.sparsegpt import sparsegpt
 from tests.conftest import tiny_model
-from tests.unit.prune.layers import error_of, layer
+from tests.unit.prune.layers import error_of, layer, sparsegpt
 from tests.unit.prune.test_prune import ids, prune, settings
 from tests.walks import first_batches, walk_of
 

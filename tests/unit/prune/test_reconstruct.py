@@ -24,7 +24,7 @@ def pruned(model, monkeypatch):
         examples = [(batch, run_block(block, batch)) for batch in batches]
         masks = {}
         for name, layer in linears(block).items():
-            weight, masks[f"{name}.weight"] = magnitude(layer.weight, 0.7)
+            ((weight, masks[f"{name}.weight"]),) = magnitude([layer.weight], 0.7)
             layer.weight.copy_(weight)
     return block, lambda: iter(examples), masks
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from components.core.mask.mask import pruned_count
-from components.prune import sparsegpt as method
 from components.prune.magnitude import magnitude
+from tests.unit.prune import layers
 from tests.unit.prune.layers import layer
 
 
 def sparsegpt(weight, hessian, *args, **kwargs):
     """Prune one layer."""
-    (result,) = method.sparsegpt([weight], hessian, *args, **kwargs)
+    (result,) = layers.sparsegpt([weight], hessian, *args, **kwargs)
     return result
 
 
@@ -82,7 +82,7 @@ def test_every_group_keeps_n_of_m(n_of_m):
     weight, hessian = layer(9, 64)
     for kept in (
         sparsegpt(weight.float(), hessian.float(), 0.5, n_of_m, block_size=32)[1],
-        magnitude(weight.float(), 0.5, n_of_m)[1],
+        magnitude([weight.float()], 0.5, n_of_m)[0][1],
     ):
         assert (kept.view(-1, n_of_m[1]).sum(1) == n_of_m[0]).all()
 
@@ -94,7 +94,7 @@ def test_loses_less_than_magnitude_on_inputs_like_a_models():
     inputs = (strong + torch.randn(1000, 128, generator=generator)) * torch.randn(128, generator=generator).exp()
     weight, hessian = torch.randn(32, 128, generator=generator), 2 / 1000 * inputs.T @ inputs
     errors = []
-    for found, _ in (sparsegpt(weight, hessian, 0.7), magnitude(weight, 0.7)):
+    for found, _ in (sparsegpt(weight, hessian, 0.7), *magnitude([weight], 0.7)):
         change = found - weight
         errors.append(float(((change @ hessian) * change).sum()))
     assert errors[0] < 0.5 * errors[1]
@@ -129,7 +129,7 @@ def test_a_hessian_that_is_not_positive_definite_is_an_error_not_an_identity():
 
 def test_magnitude_keeps_the_largest():
     weight = torch.tensor([[1.0, -5.0, 0.5, 2.0]])
-    found, kept = magnitude(weight, 0.5)
+    ((found, kept),) = magnitude([weight], 0.5)
     assert kept.tolist() == [[False, True, False, True]]
     assert found.tolist() == [[0.0, -5.0, 0.0, 2.0]]
 
@@ -138,7 +138,7 @@ def test_magnitude_keeps_the_largest():
 def test_layers_that_share_their_inputs_are_pruned_as_each_alone(n_of_m):
     (one, hessian), (other, _) = layer(6, 32), layer(3, 32, seed=1)
     alone = [sparsegpt(weight.float(), hessian.float(), 0.5, n_of_m, block_size=16) for weight in (one, other)]
-    together = method.sparsegpt([one.float(), other.float()], hessian.float(), 0.5, n_of_m, block_size=16)
+    together = layers.sparsegpt([one.float(), other.float()], hessian.float(), 0.5, n_of_m, block_size=16)
     for (found, kept), (wanted, wanted_kept) in zip(together, alone, strict=True):
         assert torch.equal(kept, wanted_kept)
         torch.testing.assert_close(found, wanted)
