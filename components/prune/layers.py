@@ -64,15 +64,16 @@ def prune_layers(
         "wanda": partial(wanda, hessian=hessian),
         "magnitude": magnitude,
     }
+    damped = hessian + factor.damping * hessian.diagonal().diag()  # without it, what follows fits the noise of few tokens
     found = methods[recipe.method](weights, sparsity=config.sparsity, n_of_m=n_of_m)
     pruned = []
     for dense, (weight, mask) in zip(weights, found, strict=True):
         first = relative_error(dense, weight, hessian)
-        target = dense.float() @ hessian
+        target = dense.float() @ damped
         if recipe.swaps:
-            weight, mask = swap(weight, mask, hessian, target, n_of_m, rounds=recipe.swaps)
+            weight, mask = swap(weight, mask, damped, target, n_of_m, rounds=recipe.swaps)
         if recipe.refit:
-            weight = refit(weight, mask, hessian, target, iterations=recipe.refit)
+            weight = refit(weight, mask, damped, target, iterations=recipe.refit)
         measured = {
             "relative_error": relative_error(dense, weight, hessian),
             "relative_error_of_method": first,
