@@ -22,6 +22,7 @@ from tests.conftest import save_tiny
 
 ROOT = Path(__file__).parents[3]
 SMALL = {"nsamples": 8, "seq_len": 32, "eval_blocks": 2, "eval_seq_len": 32}
+UNEVEN = {"pattern": "2:4", "sparsity": 0.5, "nsamples": 32}
 BEST = {"effort": "best", "method": "wanda", "reconstruct_epochs": 1}
 LAYERS = 8  # so that there is time to kill a run between its first and its last block
 
@@ -86,7 +87,7 @@ def contents(folder, name):
     return [(folder / name / file).read_bytes() for file in ("model.safetensors", "sparsity_mask.safetensors")]
 
 
-@pytest.mark.parametrize(("processes", "changes"), [(2, {}), (3, {"pattern": "2:4", "sparsity": 0.5}), (2, BEST)])
+@pytest.mark.parametrize(("processes", "changes"), [(2, {}), (3, UNEVEN), (2, BEST)])
 def test_several_processes_prune_like_one(tmp_path, corpus, processes, changes):
     """With three, the rows of calibration text are not even, and one process has no evaluation text.
 
@@ -99,8 +100,7 @@ def test_several_processes_prune_like_one(tmp_path, corpus, processes, changes):
     wanted, found = record(tmp_path, "one"), record(tmp_path, "several")
     assert found["sparse_integrity_check"] == wanted["sparse_integrity_check"]
     for measured in ("perplexity_before", "perplexity"):
-        # a few removed weights that fall otherwise change the perplexity of so small a model by more than rounding does
-        assert found["measured"][measured] == pytest.approx(wanted["measured"][measured], rel=5e-3)
+        assert found["measured"][measured] == pytest.approx(wanted["measured"][measured], rel=1e-3)
     for theirs, ours in zip(wanted["details"]["layers"], found["details"]["layers"], strict=True):
         assert ours["sparsity"] == theirs["sparsity"]
         for measured in ("relative_error", "relative_error_of_method", "condition", "damping"):
@@ -108,9 +108,12 @@ def test_several_processes_prune_like_one(tmp_path, corpus, processes, changes):
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "several")]
     masks = [load_mask(tmp_path / name) for name in ("one", "several")]
     for name, kept in masks[0].tensors.items():
+        if ".layers.0." not in name:  # what falls otherwise there changes the inputs of the next block
+            continue
         same = (kept == masks[1].tensors[name]).all(1)  # of a row's weights, one that falls otherwise moves those after it
         assert same.float().mean() > 0.9
-        torch.testing.assert_close(*(tensors[name][same] for tensors in weights), rtol=1e-3, atol=1e-4)
+        one, several = (tensors[name][same] for tensors in weights)
+        assert (one - several).norm() < 3e-3 * one.norm()  # a refit that ends before it converges rounds some weights apart
     assert integrity(weights[1], masks[1])["passed"]
 
 

@@ -15,7 +15,7 @@ from components.distill_distributed import job
 from components.resolve import sizing
 from components.resolve.shape import llama_tensors, shape_of
 from components.resolve.sizing import GIB, STAGES, distill, limit, prune, quantize, total
-from pipelines import compress
+from pipelines import pods
 from pipelines.parameters import SHARED
 from pipelines.size_tables import MODELS, USABLE, defaults, distillation, gpus_needed
 
@@ -53,7 +53,7 @@ def test_constants_are_those_of_the_stages():
     assert loss.CHUNK_BYTES == sizing.CHUNK_BYTES
     assert DistillConfig.keep_checkpoints == sizing.KEPT_CHECKPOINTS
     assert f"{sizing.SHARED_MEMORY // GIB}Gi" == job.SHARED_MEMORY
-    assert f'size_limit="{job.SHARED_MEMORY}"' in inspect.getsource(compress)
+    assert f'size_limit="{job.SHARED_MEMORY}"' in inspect.getsource(pods)
 
 
 def test_70_billion_parameters_are_pruned_on_one_gpu_and_64_gb_of_memory():
