@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 from components.core.files import new_file
@@ -9,6 +10,7 @@ from components.distill.config import NOT_IN_PIPELINES as NOT_OF_DISTILL
 from components.distill.config import DistillConfig
 from components.prune.config import NOT_IN_PIPELINES as NOT_OF_PRUNE
 from components.prune.config import PruneConfig
+from components.prune.recipe import EFFORTS, Recipe
 from pipelines import compress, compress_distributed
 from pipelines.parameters import GROUPS, Parameter, help_of, parameters
 from pipelines.size_tables import sizes
@@ -55,6 +57,7 @@ def reference() -> str:
     parts = []
     for stage, title in TITLES.items():
         parts += [f"### {title}", table(entry for entry in one_pod if entry.stage == stage and entry.name in both)]
+        parts += [efforts()] if stage == "prune" else []
     parts += ["### Only `compress`: distillation in one pod", table(entry for entry in one_pod if entry.name not in both)]
     parts += [
         "### Only `compress-distributed`: distillation on many nodes",
@@ -66,6 +69,15 @@ def reference() -> str:
             rows.append(f"| {stage} | `{name}` | {_cell(help_of(config, name))} | {reason} |")
     parts += ["### Only on a stage's own command line", "\n".join(rows)]
     return "\n\n".join(parts)
+
+
+def efforts() -> str:
+    """What each effort of pruning sets."""
+    names = [entry.name for entry in fields(Recipe)]
+    lines = [f"| `prune_effort` | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for effort, recipe in EFFORTS.items():
+        lines.append(f"| `{effort}` | {' | '.join(str(getattr(recipe, name)) for name in names)} |")
+    return "\n".join(lines)
 
 
 def rewritten(text: str, name: str, content: str) -> str:

@@ -30,6 +30,7 @@ from components.core.walk.walk import Walk
 from components.core.walk.work import SharedWork, work_key
 from components.prune.blocks import mask_part, prune_model
 from components.prune.config import PruneConfig
+from components.prune.recipe import recipe_of
 
 
 def run(config: PruneConfig) -> StageRecord:
@@ -94,7 +95,8 @@ def prune(config: PruneConfig, folder: Path, model_config: Any, device: torch.de
         work = SharedWork(place, "pruning")
         with processes.together():
             if processes.is_main() and not work.results:
-                texts = [calibration.ids, *([evaluation.ids] * 2 if evaluation else [])]
+                streams = 2 if recipe_of(config).needs_dense else 1
+                texts = [calibration.ids] * streams + ([evaluation.ids] * 2 if evaluation else [])
                 check_room("output_dir", config.output_dir, walk.disk(texts), ", with the hidden states on their way")
         measured = prune_model(walk, work, calibration.ids, evaluation.ids if evaluation else None, config)
         if evaluation:

@@ -36,6 +36,8 @@ CHUNK_BYTES = 512 * 2**20
 LOGIT_BYTES = 10  # of each logit when perplexity is measured: in the number format, in float32, and its logarithm
 FACTORING = 6  # matrices [in, in] in float32 while SparseGPT factors the inverse of a Hessian: copies, factors, their transpose
 PRUNING = 8  # matrices in float32 while layers with the same inputs are pruned: four of each of two
+TRAINING = 20  # bytes for each weight of a block that is trained: itself in float32, gradients, Adam's moments, what it was
+
 CHECKING = 3  # matrices in float32 while one of them is checked or quantized
 NORMS = 5  # hidden states in float32 that a block keeps for the backward pass, besides inputs and outputs of its matrices
 
@@ -77,15 +79,18 @@ def prune(shape: Shape, run: Mapping[str, Any]) -> Need:
         run: the run's parameters by name, as `pipelines.checks.check_run` returns them.
     """
     size = number_bytes(run, "prune")
+    more = run["prune_effort"] != "fast" or run["prune_target"] == "dense" or run["prune_reconstruct"] == "block"
     pruning = {
         "a block": shape.block * size,
         "its Hessians": shape.hessians * 4,
+        "the dense block and its inputs": shape.block * size + shape.hessians * 4 if more else 0,
+        "training the block": TRAINING * shape.block + batch(shape, run, size) * 2 if more else 0,
         "the inverse of a Hessian": FACTORING * shape.widest**2 * 4,
         "matrices that are pruned": PRUNING * shape.matrix * 4,
         "a batch": batch(shape, run, size),
     }
     host = {"masks of a block": shape.block} | loading(shape, size, run["prune_gpus"])
-    calibration = run["nsamples"] * run["seq_len"]
+    calibration = run["nsamples"] * run["seq_len"] * (2 if more else 1)
     disk = {
         "dense model": shape.stored,
         "pruned model and its parts": 2 * shape.parameters * size,

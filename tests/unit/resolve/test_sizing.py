@@ -48,6 +48,13 @@ def test_a_small_change_of_a_model_changes_no_limit():
         assert len(limits) == 1
 
 
+@pytest.mark.parametrize("changes", [{"prune_effort": "best"}, {"prune_target": "dense"}, {"prune_reconstruct": "block"}])
+def test_dense_blocks_beside_the_pruned_ones_take_memory_and_disk(changes):
+    plain, more = (prune(SMALLEST, run_with(**given)) for given in ({}, changes))
+    assert total(more.gpu) > total(plain.gpu)
+    assert more.disk["hidden states"] > plain.disk["hidden states"]
+
+
 def test_constants_are_those_of_the_stages():
     assert (perplexity.TOKENS_PER_FORWARD, perplexity.TOKENS_PER_CHUNK) == (sizing.TOKENS_PER_FORWARD, sizing.TOKENS_PER_CHUNK)
     assert loss.CHUNK_BYTES == sizing.CHUNK_BYTES
