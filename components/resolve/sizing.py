@@ -37,7 +37,6 @@ LOGIT_BYTES = 10  # of each logit when perplexity is measured: in the number for
 FACTORING = 6  # matrices [in, in] in float32 while SparseGPT factors the inverse of a Hessian: copies, factors, their transpose
 PRUNING = 8  # matrices in float32 while layers with the same inputs are pruned: four of each of two
 TRAINING = 20  # bytes for each weight of a block that is trained: itself in float32, gradients, Adam's moments, what it was
-
 CHECKING = 3  # matrices in float32 while one of them is checked or quantized
 NORMS = 5  # hidden states in float32 that a block keeps for the backward pass, besides inputs and outputs of its matrices
 
