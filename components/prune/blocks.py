@@ -67,8 +67,9 @@ def prune_model(
 
     Args:
         walk: the dense model.
-        work: has, for each finished block, `layers` (one entry per linear layer: name, block, linear, shape, sparsity,
-            relative_error, seconds) and `sparse_integrity_check`.
+        work: has, for each finished block, `layers` (one entry per linear layer: name, block, linear, shape, sparsity, seconds,
+            and what `prune_layers` has measured), `sparse_integrity_check`, and `reconstruction`, the error of a block that was
+            trained before and after.
         calibration: ids [nsamples, seq_len].
         evaluation: ids [blocks, seq_len], or None.
         config: the stage's settings.
