@@ -1,9 +1,11 @@
 """Atomic outputs: a file or folder appears under its name complete, or not at all."""
 
+import atexit
 import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -176,17 +178,27 @@ def _scratch(target: Path) -> Iterator[Path]:
     remove_unused(_scratch_folders(target))
     lock = None
     while lock is None:  # until it is marked as in use, another process may take it for a dead one's
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent))
-        try:
-            lock = use(folder)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
+        _not_removed.add((os.getpid(), folder))
+        folder.mkdir(mode=0o700)
+        lock = use(folder)
     try:
         yield folder / target.name
     finally:
         lock.close()  # NFS does not remove a folder with an open file
         shutil.rmtree(folder, ignore_errors=True)
+        _not_removed.discard((os.getpid(), folder))
+
+
+_not_removed: set[tuple[int, Path]] = set()  # by which process, and which of the folders of `_scratch`
+
+
+@atexit.register
+def _remove_scratch() -> None:
+    """Remove what is left if SIGTERM has interrupted the creation or the removal of a folder."""
+    for process, folder in _not_removed:
+        if process == os.getpid():  # and not one that this process was forked from
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _scratch_folders(target: Path) -> list[Path]:

@@ -28,7 +28,8 @@ def run(device, place, dense, corpus, dtype):
     found = {}
     def stage(name, config):
         found[name] = importlib.import_module(f"components.{name}.stage").run(config).measured["perplexity"]
-    stage("prune", PruneConfig(dense_model=dense, output_dir=pruned, calibration_data=corpus, nsamples=8, seq_len=32, **common))
+    stage("prune", PruneConfig(
+        dense_model=dense, output_dir=pruned, calibration_data=corpus, nsamples=32, seq_len=32, **common))
     stage("distill", DistillConfig(
         teacher_model=dense, student_model=pruned, mask_file=pruned, output_dir=distilled, train_data=corpus, seq_len=32,
         batch_size=0, grad_accum_steps=4, max_steps=3, epochs=2, learning_rate=1e-3, teacher_cache=cache, **common))
@@ -65,5 +66,6 @@ def perplexities(*arguments):
 def test_all_stages_run_on_an_accelerator_as_on_the_cpu(tmp_path, corpus, dtype, cache, rel):
     dense = save_tiny(tmp_path / "dense", "qwen3", tied=True)
     on_cpu, on_fake = (perplexities(tmp_path / where, dense, corpus, dtype, cache, where) for where in ("cpu", "fake"))
-    assert on_fake == pytest.approx(on_cpu, rel=rel)
-    assert len(on_fake) == 4
+    assert on_fake.keys() == on_cpu.keys() == {"prune", "distill", "quantize", "evaluate"}
+    for stage, found in on_fake.items():  # a weight half-way between two integers may be rounded either way
+        assert found == pytest.approx(on_cpu[stage], rel=rel if stage in ("prune", "distill") else 10 * rel), stage

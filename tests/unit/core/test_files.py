@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -299,3 +301,33 @@ class TestResumableDirectory:
         with resumable_directory("output_dir", tmp_path / "out", "a"), refused:
             self.start(tmp_path / "out", "a")
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+PROGRAM = """
+import shutil, signal, sys
+from components.core import files
+from components.core.cli import stop_at_sigterm
+stop_at_sigterm()
+moment, target = sys.argv[1:]
+owner = {"mkdir": files.Path, "use": files, "rmtree": shutil}[moment]
+original = getattr(owner, moment)
+
+def interrupted(*args, **kwargs):
+    if files.PARTIAL in str(args[0]):
+        setattr(owner, moment, original)
+        if moment != "rmtree":
+            original(*args, **kwargs)
+        signal.raise_signal(signal.SIGTERM)
+    return original(*args, **kwargs)
+
+setattr(owner, moment, interrupted)
+with files.new_file(target) as scratch:
+    scratch.write_text("x")
+"""
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "use", "rmtree"])
+def test_sigterm_amid_making_or_removing_a_folder_leaves_nothing(tmp_path, moment):
+    command = [sys.executable, "-c", PROGRAM, moment, str(tmp_path / "out")]
+    assert subprocess.run(command, cwd=Path(__file__).parents[3], timeout=60).returncode == 143
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if moment == "rmtree" else [])
