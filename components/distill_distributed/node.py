@@ -16,6 +16,7 @@ from components.core import storage
 from components.core.cli import errors_in_one_line, parse, stop_at_sigterm
 from components.core.errors import shown
 from components.core.process import run_to_end
+from components.core.processes import STARTED
 from components.core.progress import log
 from components.core.reading import parse_json
 from components.core.settings import naming
@@ -54,7 +55,7 @@ class NodeConfig:
 
 
 def run(config: NodeConfig) -> None:
-    """Run one node's part of the job. Raises SystemExit with torchrun's exit code if it fails."""
+    """Run one node's part of the job. Raises SystemExit with the exit code of the process that failed, if one does."""
     if storage.is_complete(config.result):
         log("the result is there already")
         return
@@ -66,7 +67,8 @@ def run(config: NodeConfig) -> None:
         storage.download_artifact(place, folder)
     paths = {parameter: folders[place] for parameter, place in inputs.items()} | {"output_dir": work / "result"}
     flags = [*parse_json(config.flags, "flags", list[str]), *(f"--{parameter}={path}" for parameter, path in paths.items())]
-    run_to_end([sys.executable, "-m", "torch.distributed.run", "-m", "components.distill", *flags], os.environ)
+    command = [sys.executable, "-m", "components.core.torchrun", "-m", "components.distill", *flags]
+    run_to_end(command, os.environ | {STARTED: str(os.getpid())})
     if (work / "result").is_dir():
         storage.upload(work / "result", config.result)
     else:

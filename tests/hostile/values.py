@@ -51,6 +51,7 @@ RELATED = {
     "model": ("registry",),
     "revision": ("train_data", "eval_data"),
     "parameters": ("must be a parameter of",),
+    "flags": ("seq_len",),  # a node without flags has the default, which is too long for the model
 }
 HUGE = "9" * 5000
 NUMBERS = (

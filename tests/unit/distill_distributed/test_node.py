@@ -86,8 +86,9 @@ def test_a_node_that_comes_too_late_does_nothing(place, models, tmp_path):
 def test_a_failure_of_the_training_is_that_of_the_node(place, tmp_path):
     node = start(place, tmp_path / "scratch", flags=[*FLAGS, "--seq_len=1000000"])
     log = node.communicate(timeout=120)[0]
-    assert node.returncode == 1, log
-    assert "seq_len must be" in log
+    assert node.returncode == 2, log
+    assert "error: seq_len must be" in log
+    assert "Traceback" not in log
     assert not storage.is_complete(f"{place}/result")
 
 
