@@ -153,6 +153,7 @@ def in_pipelines():
 LEFT_OUT = {
     "block_size",
     "damping",
+    "reconstruct_epochs",
     "output_dir",
     "format",
 }  # of the stages' wrong values, these are no parameters of a pipeline
