@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from kfp import local
 from rich.console import Console
 from rich.table import Table
@@ -101,7 +100,9 @@ def main() -> None:
 
 def gpus_here(values: dict[str, Any]) -> dict[str, int]:
     """What the parameters for the GPUs of pods would be for this machine: one for each process, as far as there are any."""
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    from components.core.device import visible_gpus  # torch, for which --help and wrong flags need not wait
+
+    visible = visible_gpus()
     stages = ("prune", "distill", "quantize")
     return {f"{stage}_gpus": min(values.get(f"{stage}_nproc_per_node", 1), visible) for stage in stages}
 

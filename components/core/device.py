@@ -36,13 +36,18 @@ def pick_device(gpus: int) -> torch.device:
     Raises:
         ValueError: fewer are there, as when a driver is lost: on the CPU the work would take hours without a word.
     """
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    visible = visible_gpus()
     if gpus > visible:
         raise ValueError(f"gpus must be at most the {visible} GPUs that can be used here, got {gpus}")
     allowed = cpu_quota()
     if allowed and allowed < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(allowed)
     return torch.device("cuda" if visible and gpus else "cpu")
+
+
+def visible_gpus() -> int:
+    """How many GPUs can be used here."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 @dataclass(frozen=True)

@@ -177,15 +177,16 @@ def _scratch(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_unused(_scratch_folders(target))
     lock = None
-    while lock is None:  # until it is marked as in use, another process may take it for a dead one's
-        folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
-        _not_removed.add((os.getpid(), folder))
-        folder.mkdir(mode=0o700)
-        lock = use(folder)
     try:
+        while lock is None:  # until it is marked as in use, another process may take it for a dead one's
+            folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
+            _not_removed.add((os.getpid(), folder))
+            folder.mkdir(mode=0o700)
+            lock = use(folder)
         yield folder / target.name
     finally:
-        lock.close()  # NFS does not remove a folder with an open file
+        if lock:
+            lock.close()  # NFS does not remove a folder with an open file
         shutil.rmtree(folder, ignore_errors=True)
         _not_removed.discard((os.getpid(), folder))
 
@@ -216,7 +217,7 @@ def _beside(target: Path, suffix: str) -> list[Path]:
 
 
 def _restore_usual_modes(path: Path) -> None:
-    """Give a file or a folder with its contents the usual modes: mkdtemp and safetensors make them private, pods share them."""
+    """Give a file or a folder with its contents the usual modes: `_scratch` and safetensors make them private, pods share."""
     umask = os.umask(0)
     os.umask(umask)
     for entry in (path, *path.rglob("*")):

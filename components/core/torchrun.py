@@ -1,4 +1,4 @@
-"""torchrun on one machine, without its own traceback: what has failed says so itself, or is named in one line.
+"""torchrun without its own traceback: what has failed says so itself, or is named in one line.
 
 `python -m components.core.torchrun` takes torchrun's arguments, and ends together with the process that started it.
 """
