@@ -8,12 +8,13 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
+STARTED = "STAGE_STARTED"  # the environment's variable by which `run_to_end` marks what it starts, with its own process id
 GRACE_SECONDS = 120.0  # that a process has to end after SIGTERM, enough to write a checkpoint, before it is killed
 POLL_SECONDS = 0.2
 
 
 def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run a command, forwarding SIGTERM to it.
+    """Run a command marked by `STARTED`, forwarding SIGTERM to it.
 
     Raises:
         SystemExit: the command failed; the exit code is the one that a shell would report, or that of SIGTERM if it was
@@ -29,7 +30,7 @@ def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> None:
 
     before = signal.signal(signal.SIGTERM, pass_on)  # at once, since a command started just before would run on alone
     try:
-        with subprocess.Popen(command, env=environment) as process:
+        with subprocess.Popen(command, env={**environment, STARTED: str(os.getpid())}) as process:
             processes.append(process)
             for number in signals:
                 process.send_signal(number)

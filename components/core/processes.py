@@ -16,17 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from components.core.process import end_with, run_to_end
+from components.core.process import STARTED, end_with, run_to_end
 
 T = TypeVar("T")
 
-STARTED = "STAGE_STARTED"  # the environment's variable by which `start` marks what it starts, with its own process id
 TOLD = (ValueError, OSError, ImportError)  # errors that a user is told in one line, see `components.core.cli`
 PATIENCE = 60.0  # seconds that a process waits for its launcher to end it, once another has failed
 
 
 def started_already() -> bool:
-    """Whether a launcher has started this process: torchrun sets its rank, `start` sets a marker.
+    """Whether a launcher has started this process: torchrun sets its rank, `run_to_end` sets a marker.
 
     accelerate sets no rank for a single process; without the marker such a child would endlessly start new children.
     """
@@ -100,7 +99,7 @@ def start(command: Sequence[str], processes: int, device: torch.device) -> None:
     if device.type == "cuda" and processes > (gpus := torch.cuda.device_count()):
         raise ValueError(f"nproc_per_node must be at most the {gpus} GPUs here, got {processes}")
     threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
-    run_to_end(command, threads | os.environ | {STARTED: str(os.getpid())})
+    run_to_end(command, threads | os.environ)
 
 
 def join(device: torch.device) -> torch.device:

@@ -12,8 +12,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from components.core.process import end_with
-from components.core.processes import STARTED
+from components.core.process import STARTED, end_with
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from components.core import storage
 from components.core.cli import errors_in_one_line, parse, stop_at_sigterm
 from components.core.errors import shown
 from components.core.process import run_to_end
-from components.core.processes import STARTED
 from components.core.progress import log
 from components.core.reading import parse_json
 from components.core.settings import naming
@@ -68,7 +67,7 @@ def run(config: NodeConfig) -> None:
     paths = {parameter: folders[place] for parameter, place in inputs.items()} | {"output_dir": work / "result"}
     flags = [*parse_json(config.flags, "flags", list[str]), *(f"--{parameter}={path}" for parameter, path in paths.items())]
     command = [sys.executable, "-m", "components.core.torchrun", "-m", "components.distill", *flags]
-    run_to_end(command, os.environ | {STARTED: str(os.getpid())})
+    run_to_end(command, os.environ)
     if (work / "result").is_dir():
         storage.upload(work / "result", config.result)
     else:

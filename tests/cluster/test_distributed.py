@@ -75,23 +75,35 @@ def launch(space, inputs, pipeline_run):
 
 
 def test_two_nodes_are_like_one_process_and_hand_over_by_a_shared_volume(launch, volume, models):
-    """The requested GPUs go to the nodes and not to the launcher; no container may run as root."""
-    launcher = launch(volume, gpus=1)
+    """No container may run as root."""
+    launcher = launch(volume)
     launcher.wait_for_line("running on 2 nodes")
     nodes = launcher.nodes()
     assert nodes.keys() == {"master-0", "worker-0"}
     for pod in nodes.values():
         (container,) = pod["spec"]["containers"]
-        assert container["resources"]["limits"] == {"nvidia.com/gpu": "1", "cpu": "500m", "memory": "2Gi"}
+        assert container["resources"]["limits"] == {"cpu": "500m", "memory": "2Gi"}
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert pod["spec"]["serviceAccountName"] == "sparse-distill-worker"
         assert not [mount for mount in container["volumeMounts"] if "serviceaccount" in mount["mountPath"]]
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
-    assert "nvidia.com/gpu" not in json.dumps(launcher.read()["spec"]["containers"][0]["resources"])
     check_like_one(models, launcher.result())
     log = launcher.log()
     assert log.count("[PPL] epoch=1 eval_ppl=") == 1  # the launcher shows what the first node prints
     assert "created: PyTorchJob" in log
+
+
+def test_requested_gpus_go_to_the_nodes_which_tell_when_they_cannot_use_them(launch, volume):
+    """As when a driver is lost: this cluster's GPUs exist only on paper."""
+    launcher = launch(volume, gpus=1, retries=0)
+    launcher.wait_for_line("created: PyTorchJob")
+    assert "nvidia.com/gpu" not in json.dumps(launcher.read()["spec"]["containers"][0]["resources"])
+    (job,) = launcher.jobs()
+    for replicas in job["spec"]["pytorchReplicaSpecs"].values():
+        (container,) = replicas["template"]["spec"]["containers"]
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": "1", "cpu": "500m", "memory": "2Gi"}
+    log = launcher.wait_for_end("Failed")
+    assert "error: gpus must be at most the 0 GPUs that can be used here, got 1\n" in log
 
 
 def test_two_nodes_hand_over_by_a_bucket(launch, bucket, models, tmp_path, monkeypatch):

@@ -41,6 +41,7 @@ def main(folder: Path, user: str) -> None:
         distill_batch_size=2,
         distill_grad_accum_steps=1,
         distill_learning_rate=1e-3,
+        **dict.fromkeys(("prune_gpus", "distill_gpus", "quantize_gpus"), 0),
         publish_to=str(folder / "published"),
     )
 
