@@ -123,12 +123,11 @@ def teacher_cache(
     Raises:
         ValueError: the disk is too full.
     """
-    wanted = config.teacher_cache == "always" or (config.teacher_cache == "auto" and config.epochs > 1)
     output = Path(config.output_dir).absolute()
     folder = output.with_name(f"{output.name}.{cache_name(teacher_folder, blocks, dtype, backend.device)}")
     if processes.is_first_here():
-        remove_caches(output, keep=folder if wanted else None)
-    if not wanted:
+        remove_caches(output, keep=folder if config.caches_teacher() else None)
+    if not config.caches_teacher():
         yield None
         return
     shape = (len(blocks), blocks.shape[1], head_width(teacher_folder, config.trust_remote_code))

@@ -21,6 +21,7 @@ def distill(
     learning_rate: float,
     warmup_ratio: float,
     alpha_kd: float,
+    alpha_hidden: float,
     temperature: float,
     weight_decay: float,
     kl_direction: str,

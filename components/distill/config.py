@@ -119,6 +119,9 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
     """Norm to which gradients are clipped, after masking."""
     alpha_kd: float = 0.7
     """Weight of the distillation term in alpha_kd * KL + (1 - alpha_kd) * CE, in [0, 1]."""
+    alpha_hidden: float = 0.0
+    """Weight of a third term, the relative error of the student's hidden states after each block (as in SquareHead, Kurtic et
+    al., 2023); the teacher then has no cache. 0 = none."""
     temperature: float = 1.0
     """Softens both distributions in the KL term, which is scaled by its square (Hinton et al., 2015); in [0.1, 100]."""
     kl_direction: str = "forward"
@@ -143,7 +146,8 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
     gradient_checkpointing: bool = field(default=False, metadata=EXECUTION)
     """Keep fewer activations and recompute them in the backward pass."""
     teacher_cache: str = "auto"
-    """Cache the teacher's hidden states on disk: `auto` (if there is more than one epoch), `always` or `never`."""
+    """Cache the teacher's final hidden states on disk: `auto` (if there is more than one epoch and alpha_hidden is 0),
+    `always` or `never`."""
     checkpoint_steps: int = field(default=50, metadata=EXECUTION)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = field(default=2, metadata=EXECUTION)
@@ -163,6 +167,7 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
             check_at_least(parameter, getattr(self, parameter), 1)
         for parameter in ("max_steps", "batch_size", "global_batch", "weight_decay", "sparse_check_eps", "patience"):
             check_at_least(parameter, getattr(self, parameter), 0)
+        check_at_least("alpha_hidden", self.alpha_hidden, 0)
         for parameter in ("learning_rate", "max_grad_norm", "temperature"):
             check_above(parameter, getattr(self, parameter), 0)
         check_range("temperature", self.temperature, 0.1, 100)
@@ -174,6 +179,8 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
         check_one_of("launcher", self.launcher, LAUNCHERS)
         for parameter in ("teacher_cache", "sync_each_batch"):
             check_one_of(parameter, getattr(self, parameter), ("auto", "always", "never"))
+        if self.alpha_hidden and self.teacher_cache == "always":
+            raise ValueError(f"alpha_hidden must be 0 for teacher_cache always, got {self.alpha_hidden}")
         if not 0 < self.mix_ratio < 1:
             raise ValueError(f"mix_ratio must be in (0, 1), got {self.mix_ratio}")
         if not 0 < self.master_port < 65536:
@@ -204,6 +211,10 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
     def step_blocks(self, processes: int = 1) -> int:
         """Training blocks per optimizer step over some processes."""
         return max(1, self.batch_size) * self.grad_accum_steps * processes
+
+    def caches_teacher(self) -> bool:
+        """Whether the teacher's final hidden states are cached."""
+        return self.teacher_cache == "always" or (self.teacher_cache == "auto" and self.epochs > 1 and not self.alpha_hidden)
 
     def read_deepspeed_config(self) -> dict[str, Any]:
         """The DeepSpeed settings from `deepspeed_config`, or from the bundled file if that is empty.

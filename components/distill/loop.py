@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from components.core.hidden import token_error
 from components.core.perplexity import block_losses, from_mean_loss
 from components.core.progress import log, log_perplexity, track
 from components.core.storage.place import is_bucket
@@ -18,7 +19,7 @@ from components.distill.batching import BatchSize
 from components.distill.config import DistillConfig
 from components.distill.loss import distillation_loss, next_token_labels
 from components.distill.remote import RemoteCheckpoints
-from components.distill.teacher import Teacher
+from components.distill.teacher import Teacher, hidden_states
 
 PREEMPTED = 143  # 128 + SIGTERM: what a shell reports for a process ended by that signal
 
@@ -27,7 +28,7 @@ PREEMPTED = 143  # 128 + SIGTERM: what a shell reports for a process ended by th
 class Progress:
     """How far a run has got and what it has measured; saved in checkpoints.
 
-    `steps` has one entry per step (loss, kd_loss, ce_loss, learning_rate, grad_norm), `epochs` one per evaluation;
+    `steps` has one entry per step (loss, kd_loss, ce_loss, hidden_loss, learning_rate, grad_norm), `epochs` one per evaluation;
     `batch_size` is the number of blocks per forward pass in the next step.
     """
 
@@ -170,42 +171,46 @@ class Trainer:
         """Take one optimizer step over micro-batches of block indices [batch_size].
 
         Returns:
-            loss, kd_loss, ce_loss (means over micro-batches and processes), learning_rate, grad_norm (before clipping,
-            omitted if unknown).
+            loss, kd_loss, ce_loss, hidden_loss (means over micro-batches and processes; the last only if it is part of the
+            loss), learning_rate, grad_norm (before clipping, omitted if unknown).
 
         Raises:
             ValueError: the loss is not finite.
         """
-        totals = torch.zeros(3, device=self.backend.device)
-        learning_rate = self.backend.schedule.get_last_lr()[0]
+        learning_rate, parts = self.backend.schedule.get_last_lr()[0], []
         for number, part in enumerate(rows, start=1):
             losses = self.losses(part)
-            self.backend.backward(losses[0] / len(rows), number == len(rows))
-            totals += torch.stack([value.detach() for value in losses]) / len(rows)
-        totals = self.backend.mean(totals)
+            self.backend.backward(losses["loss"] / len(rows), number == len(rows))
+            parts.append(torch.stack([value.detach() for value in losses.values()]))
+        totals = self.backend.mean(torch.stack(parts).mean(0))
         if not torch.isfinite(totals).all():
             raise ValueError(f"the loss must be finite, got {totals.tolist()}: lower learning_rate or use another dtype")
         norm = self.backend.step()
-        loss, kd, ce = totals.tolist()
-        entry = {"loss": loss, "kd_loss": kd, "ce_loss": ce, "learning_rate": learning_rate}
+        entry = dict(zip(losses, totals.tolist(), strict=True)) | {"learning_rate": learning_rate}
         return entry if norm is None else entry | {"grad_norm": norm}
 
-    def losses(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, kd_loss, ce_loss) for training blocks, given by index [batch]."""
+    def losses(self, rows: Tensor) -> dict[str, Tensor]:
+        """The loss for training blocks, given by index [batch], and its parts; only the first carries a gradient."""
+        config = self.config
         ids = self.blocks[rows].to(self.backend.device)
-        target = self.teacher.hidden(rows).flatten(0, 1)
+        wanted = self.teacher.hidden(rows)
         with self.backend.autocast():
-            hidden = self.backend.decoder(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-            return distillation_loss(
-                hidden,
+            found = hidden_states(self.backend.decoder, ids, of_blocks=bool(config.alpha_hidden))
+            loss, kd, ce = distillation_loss(
+                found[-1].flatten(0, 1),
                 self.backend.head,
-                target,
+                wanted[-1].flatten(0, 1),
                 self.teacher.head,
                 next_token_labels(ids).flatten(),
-                self.config.alpha_kd,
-                self.config.temperature,
-                self.config.kl_direction,
+                config.alpha_kd,
+                config.temperature,
+                config.kl_direction,
             )
+        named = {"loss": loss, "kd_loss": kd, "ce_loss": ce}
+        if not config.alpha_hidden:
+            return named
+        hidden = torch.stack([token_error(*pair) for pair in zip(found, wanted, strict=True)]).mean()
+        return named | {"loss": loss + config.alpha_hidden * hidden, "hidden_loss": hidden}
 
     def evaluate(self) -> float:
         """The student's perplexity on the evaluation blocks, divided among the processes; every process must call this."""

@@ -103,7 +103,8 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
             "student": sample_fingerprint(weight_files(Path(config.student_model))),
         }
         used = rows_used(len(blocks), config, backend.world_size)
-        teacher = make_teacher(teacher_folder, blocks, used, cache, backend, dtype, config.trust_remote_code)
+        of_blocks = bool(config.alpha_hidden)
+        teacher = make_teacher(teacher_folder, blocks, used, cache, backend, dtype, config.trust_remote_code, of_blocks)
         student, weights = open_model(config.student_model, torch.float32, device, config.trust_remote_code)
         backend.prepare(student, weights, mask, total_steps)
         trainer = Trainer(backend, teacher, blocks, evaluation.ids if evaluation else None, config, inputs)
@@ -262,6 +263,10 @@ def check_models(config: DistillConfig, mask: Mask, teacher_folder: str) -> Any:
     words = [model.get_text_config().vocab_size for model in (student, teacher)]
     if words[0] != words[1]:
         raise ValueError(f"teacher_model must have the student's vocabulary of {words[0]} words, got {words[1]}")
+    texts = [model.get_text_config() for model in (student, teacher)]
+    sizes = [f"{text.num_hidden_layers} blocks of width {text.hidden_size}" for text in texts]
+    if config.alpha_hidden and sizes[0] != sizes[1]:
+        raise ValueError(f"alpha_hidden must be 0 for a teacher of {sizes[1]} and a student of {sizes[0]}")
     for model in (student, teacher):
         check_seq_len("seq_len", config.seq_len, model)
     if not config.skip_ppl_eval:

@@ -32,20 +32,34 @@ class Teacher:
         head: hidden states → logits.
         decoder: ids → hidden states; None if all states are in the cache.
         cache: the states, or None to compute them each time.
+        of_blocks: provide the states after each block, which no cache has.
     """
 
-    def __init__(self, blocks: Tensor, head: nn.Linear, decoder: nn.Module | None, cache: Cache | None) -> None:
-        self.blocks, self.head, self.decoder, self.cache = blocks, head, decoder, cache
+    def __init__(
+        self, blocks: Tensor, head: nn.Linear, decoder: nn.Module | None, cache: Cache | None, of_blocks: bool = False
+    ) -> None:
+        self.blocks, self.head, self.decoder, self.cache, self.of_blocks = blocks, head, decoder, cache, of_blocks
         self.device = head.weight.device
 
     @torch.no_grad()
-    def hidden(self, rows: Tensor) -> Tensor:
-        """Final hidden states [len(rows), seq_len, width] of training blocks, by index."""
+    def hidden(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states [len(rows), seq_len, width] of training blocks, by index, as from `hidden_states`."""
         if self.cache is not None:
-            return self.cache.states[rows].to(self.device, self.head.weight.dtype)
+            return (self.cache.states[rows].to(self.device, self.head.weight.dtype),)
         assert self.decoder is not None
-        hidden: Tensor = self.decoder(input_ids=self.blocks[rows].to(self.device), use_cache=False).last_hidden_state
-        return hidden
+        return hidden_states(self.decoder, self.blocks[rows].to(self.device), self.of_blocks)
+
+
+def hidden_states(decoder: nn.Module, ids: Tensor, of_blocks: bool) -> tuple[Tensor, ...]:
+    """The final hidden states [batch, seq_len, width] that a decoder gives for ids [batch, seq_len], which come last.
+
+    Args:
+        decoder: ids → hidden states.
+        ids: tokens.
+        of_blocks: give those after each block but the last before them.
+    """
+    output = decoder(input_ids=ids, use_cache=False, output_hidden_states=of_blocks)
+    return (*output.hidden_states[1:-1], output.last_hidden_state) if of_blocks else (output.last_hidden_state,)
 
 
 def make_teacher(
@@ -56,6 +70,7 @@ def make_teacher(
     backend: SingleProcess,
     dtype: torch.dtype,
     trust_remote_code: bool,
+    of_blocks: bool = False,
 ) -> Teacher:
     """Load the teacher, or compute its states and load its head alone; every process must call this.
 
@@ -67,11 +82,12 @@ def make_teacher(
         backend: distributes a teacher that is used in training.
         dtype: its number format.
         trust_remote_code: run code that comes with it.
+        of_blocks: see `Teacher`.
     """
     if cache is None:
         model, weights = open_model(folder, dtype, backend.device, trust_remote_code)
         decoder, head = backend.load(model, weights, ())
-        return Teacher(blocks, head, decoder, None)
+        return Teacher(blocks, head, decoder, None, of_blocks)
     head = compute_states(folder, blocks, used, cache, dtype, backend.device, trust_remote_code)
     backend.barrier()  # every process of this machine has computed its share
     return Teacher(blocks, head, None, cache)

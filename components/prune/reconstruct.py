@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from components.core.hidden import token_error
 from components.core.processes import average
 from components.core.walk.stream import Batch, run_block
 
@@ -76,13 +77,6 @@ def reconstruct(
         return before, after
     _assign(weights, start)
     return before, before
-
-
-def token_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over tokens of ‖found − wanted‖² / ‖wanted‖², for hidden states [rows, seq_len, width]."""
-    found, wanted = found.float(), wanted.float()
-    size = wanted.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((found - wanted).square().sum(-1) / size).mean()
 
 
 @torch.no_grad()

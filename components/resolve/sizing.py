@@ -130,7 +130,9 @@ def distill(shape: Shape, run: Mapping[str, Any]) -> Need:
     # DeepSpeed's bundled settings divide what the optimizer has; what a user's own file says is not known here
     states = here if backend == "deepspeed" and not run["distill_deepspeed_config"] else shards
     copied = size if size < 4 else 0  # what is float32 anyway is not copied
-    cached = run["distill_teacher_cache"] == "always" or (run["distill_teacher_cache"] == "auto" and run["distill_epochs"] > 1)
+    cached = run["distill_teacher_cache"] == "always" or (
+        run["distill_teacher_cache"] == "auto" and run["distill_epochs"] > 1 and not run["distill_alpha_hidden"]
+    )
     held = {
         "trained weights": shape.inside * 4 / states,
         "their gradient": shape.inside * 4 / states,
@@ -200,10 +202,15 @@ def logits(shape: Shape) -> float:
 
 
 def activations(shape: Shape, run: Mapping[str, Any], size: int) -> float:
-    """Bytes that the backward pass of distillation needs: of each block, or of one and the hidden states before each."""
+    """Bytes that the backward pass of distillation needs: of each block, or of one and the hidden states before each.
+
+    With alpha_hidden, the teacher's states after each block and their differences from the student's come on top.
+    """
     tokens: int = max(1, run["distill_batch_size"]) * run["seq_len"]
     block = shape.features * size + NORMS * shape.width * 4
-    return tokens * (block + shape.blocks * shape.width * 4 if run["distill_gradient_checkpointing"] else shape.blocks * block)
+    kept = block + shape.blocks * shape.width * 4 if run["distill_gradient_checkpointing"] else shape.blocks * block
+    compared = shape.blocks * shape.width * (size + 4) if run["distill_alpha_hidden"] else 0
+    return tokens * (kept + compared)
 
 
 def loading(shape: Shape, size: int, gpus: int) -> Terms:
