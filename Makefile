@@ -3,9 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 IMAGES ?= cpu gpu launcher
+CALIBRATION ?= builtin:python-docs
+EVALUATION ?= builtin:python-docs
+BENCH ?= build/bench-prune
 VERSION = $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' components/images.py)
 
-.PHONY: demo test lint format compile images push clean
+.PHONY: demo test bench-prune lint format compile images push clean
 
 demo: $(READY)  ## compress a real model with 135 M parameters on this machine, without network access
 	$(BIN)/python pipelines/run.py --model_id builtin:smollm2-135m --train_data builtin:python-docs \
@@ -14,6 +17,10 @@ demo: $(READY)  ## compress a real model with 135 M parameters on this machine, 
 
 test: $(READY)  ## unit, pipeline and acceptance tests
 	$(BIN)/python -m pytest
+
+bench-prune: $(READY)  ## perplexity, time and memory of pruning; CALIBRATION, EVALUATION and ROWS (a JSON list) select what is measured
+	$(BIN)/python tests/benchmarks/prune.py --calibration_data $(CALIBRATION) --eval_data $(EVALUATION) --output_dir $(BENCH) \
+		$(if $(ROWS),--rows '$(ROWS)')
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

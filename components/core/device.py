@@ -89,6 +89,17 @@ def cpu_quota() -> int | None:
     return None
 
 
+def fast_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
+    """The number format in which text that only guides a computation may be multiplied; None = that of the weights.
+
+    It is bfloat16 for the `dtype` setting `auto` on a CPU that multiplies it natively, twice as fast as float32.
+    """
+    native = torch.cpu.get_capabilities()
+    if dtype == "auto" and device.type == "cpu" and (native.get("avx512_bf16") or native.get("amx_bf16")):
+        return torch.bfloat16
+    return None
+
+
 def pick_dtype(dtype: str, device: torch.device, folder: str | Path) -> torch.dtype:
     """The torch dtype for a `dtype` setting; says so if it does not hold all that a checkpoint stores.
 

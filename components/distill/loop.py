@@ -191,11 +191,11 @@ class Trainer:
 
     def losses(self, rows: Tensor) -> dict[str, Tensor]:
         """The loss for training blocks, given by index [batch], and its parts; only the first carries a gradient."""
-        config = self.config
+        config, of_blocks = self.config, bool(self.config.alpha_hidden)
         ids = self.blocks[rows].to(self.backend.device)
-        wanted = self.teacher.hidden(rows)
+        wanted = self.teacher.hidden(rows, of_blocks)
         with self.backend.autocast():
-            found = hidden_states(self.backend.decoder, ids, of_blocks=bool(config.alpha_hidden))
+            found = hidden_states(self.backend.decoder, ids, of_blocks)
             loss, kd, ce = distillation_loss(
                 found[-1].flatten(0, 1),
                 self.backend.head,

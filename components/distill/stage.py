@@ -103,8 +103,7 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
             "student": sample_fingerprint(weight_files(Path(config.student_model))),
         }
         used = rows_used(len(blocks), config, backend.world_size)
-        of_blocks = bool(config.alpha_hidden)
-        teacher = make_teacher(teacher_folder, blocks, used, cache, backend, dtype, config.trust_remote_code, of_blocks)
+        teacher = make_teacher(teacher_folder, blocks, used, cache, backend, dtype, config.trust_remote_code)
         student, weights = open_model(config.student_model, torch.float32, device, config.trust_remote_code)
         backend.prepare(student, weights, mask, total_steps)
         trainer = Trainer(backend, teacher, blocks, evaluation.ids if evaluation else None, config, inputs)

@@ -32,22 +32,19 @@ class Teacher:
         head: hidden states → logits.
         decoder: ids → hidden states; None if all states are in the cache.
         cache: the states, or None to compute them each time.
-        of_blocks: provide the states after each block, which no cache has.
     """
 
-    def __init__(
-        self, blocks: Tensor, head: nn.Linear, decoder: nn.Module | None, cache: Cache | None, of_blocks: bool = False
-    ) -> None:
-        self.blocks, self.head, self.decoder, self.cache, self.of_blocks = blocks, head, decoder, cache, of_blocks
+    def __init__(self, blocks: Tensor, head: nn.Linear, decoder: nn.Module | None, cache: Cache | None) -> None:
+        self.blocks, self.head, self.decoder, self.cache = blocks, head, decoder, cache
         self.device = head.weight.device
 
     @torch.no_grad()
-    def hidden(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Hidden states [len(rows), seq_len, width] of training blocks, by index, as from `hidden_states`."""
+    def hidden(self, rows: Tensor, of_blocks: bool = False) -> tuple[Tensor, ...]:
+        """Hidden states of training blocks, by index, as from `hidden_states`; a cache has the final ones alone."""
         if self.cache is not None:
             return (self.cache.states[rows].to(self.device, self.head.weight.dtype),)
         assert self.decoder is not None
-        return hidden_states(self.decoder, self.blocks[rows].to(self.device), self.of_blocks)
+        return hidden_states(self.decoder, self.blocks[rows].to(self.device), of_blocks)
 
 
 def hidden_states(decoder: nn.Module, ids: Tensor, of_blocks: bool) -> tuple[Tensor, ...]:
@@ -70,7 +67,6 @@ def make_teacher(
     backend: SingleProcess,
     dtype: torch.dtype,
     trust_remote_code: bool,
-    of_blocks: bool = False,
 ) -> Teacher:
     """Load the teacher, or compute its states and load its head alone; every process must call this.
 
@@ -82,12 +78,11 @@ def make_teacher(
         backend: distributes a teacher that is used in training.
         dtype: its number format.
         trust_remote_code: run code that comes with it.
-        of_blocks: see `Teacher`.
     """
     if cache is None:
         model, weights = open_model(folder, dtype, backend.device, trust_remote_code)
         decoder, head = backend.load(model, weights, ())
-        return Teacher(blocks, head, decoder, None, of_blocks)
+        return Teacher(blocks, head, decoder, None)
     head = compute_states(folder, blocks, used, cache, dtype, backend.device, trust_remote_code)
     backend.barrier()  # every process of this machine has computed its share
     return Teacher(blocks, head, None, cache)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from components.core.blocks import linears
 from components.core.checkpoint.saving import parameters_outside, part_file, save_tensors
+from components.core.device import fast_dtype
 from components.core.mask.integrity import enforce, integrity
 from components.core.mask.mask import Mask, save_mask_part
 from components.core.perplexity import from_losses
@@ -83,7 +84,7 @@ def prune_model(
     """
     done = len(work.results)
     with together():
-        texts = begin(walk, work.folder, calibration, evaluation, recipe_of(config).needs_dense, fresh=done == 0)
+        texts = begin(walk, work.folder, calibration, evaluation, config, fresh=done == 0)
     for index in track(range(done, len(walk.blocks)), "pruning blocks", len(walk.blocks) - done):
         with walk.block(index) as block:
             result = prune_block(walk, block, index, texts, work.folder, config)
@@ -99,7 +100,7 @@ def prune_model(
         return dict(zip(("perplexity_before", "perplexity"), (from_losses(each, evaluation) for each in losses), strict=True))
 
 
-def begin(walk: Walk, folder: Path, calibration: Tensor, evaluation: Tensor | None, needs_dense: bool, fresh: bool) -> Texts:
+def begin(walk: Walk, folder: Path, calibration: Tensor, evaluation: Tensor | None, config: PruneConfig, fresh: bool) -> Texts:
     """Check the model and write what lies outside its blocks, unless an earlier process has; returns this process's texts."""
     if fresh:
         walk.check()
@@ -107,8 +108,9 @@ def begin(walk: Walk, folder: Path, calibration: Tensor, evaluation: Tensor | No
         if fresh and is_main():
             outside = walk.weights.stored_names(parameters_outside(walk.model, walk.blocks))
             save_tensors(outside, part_file(folder, 0))
-        texts = Texts(walk.record(share(calibration), folder, f"calibration-{rank()}", fresh))
-        if needs_dense:
+        autocast = fast_dtype(config.dtype, walk.device)
+        texts = Texts(walk.record(share(calibration), folder, f"calibration-{rank()}", fresh, autocast))
+        if recipe_of(config).needs_dense:
             texts = replace(texts, reference=walk.twin(texts.calibration, folder, f"reference-{rank()}", fresh))
         if evaluation is None or not len(share(evaluation)):
             return texts

@@ -16,7 +16,7 @@ from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.checkpoint.loading import load_tokenizer
 from components.core.checkpoint.saving import finish_checkpoint, part_file
 from components.core.checks import parse_pattern
-from components.core.device import pick_device, pick_dtype
+from components.core.device import fast_dtype, pick_device, pick_dtype
 from components.core.files import check_new, check_room, resumable_directory, sample_fingerprint
 from components.core.history import StageRecord, Stopwatch, stats_file, versions, write_history
 from components.core.mask.file import MASK_FILE
@@ -141,12 +141,12 @@ def load_texts(config: PruneConfig, tokenizer: Any, model_config: Any) -> tuple[
 
 def depends_on(config: PruneConfig, folder: Path, ids: list[Tensor], walk: Walk) -> dict[str, Any]:
     """All that the pruned model depends on: work that a killed process left is used again only if none of it has changed."""
-    used = versions()
+    used, formats = versions(), [str(each) for each in (walk.dtype, fast_dtype(config.dtype, walk.device))]
     return {
         "settings": affecting(config),
         "model": sample_fingerprint([folder / "config.json", *weight_files(folder)]),
         "text": [id_fingerprint(rows) for rows in ids],
-        "computed": [str(walk.dtype), str(walk.device), torch.get_num_threads(), used["torch"], used["transformers"]],
+        "computed": [*formats, str(walk.device), torch.get_num_threads(), used["torch"], used["transformers"]],
     }
 
 

@@ -191,6 +191,8 @@ WRONG_VALUES = [
     ("distill", {"alpha_kd": "-0.5"}, "alpha_kd must be in [0, 1], got -0.5"),
     ("distill", {"alpha_kd": "nan"}, "alpha_kd must be in [0, 1], got nan"),
     ("distill", {"temperature": "0"}, "temperature must be above 0, got 0.0"),
+    ("distill", {"alpha_hidden": "-1"}, "alpha_hidden must be at least 0, got -1.0"),
+    ("distill", {"alpha_hidden": "1", "teacher_cache": "always"}, "alpha_hidden must be 0 for teacher_cache always, got 1.0"),
     ("distill", {"temperature": "inf"}, "temperature must be finite, got inf"),
     ("distill", {"weight_decay": "inf"}, "weight_decay must be finite, got inf"),
     ("distill", {"sparse_check_eps": "inf"}, "sparse_check_eps must be finite, got inf"),

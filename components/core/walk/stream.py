@@ -21,11 +21,13 @@ class Batch:
         rows: which blocks of tokens.
         hidden: the block's input, [len(rows), seq_len, width].
         call: the block's other arguments.
+        autocast: number format in which the block multiplies them, whatever that of its weights; None = that one.
     """
 
     rows: range
     hidden: Tensor
     call: Call
+    autocast: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,19 @@ class Stream:
         ids: the tokens [rows, seq_len].
         calls: for each batch, what each block is called with.
         files: two files of hidden states; a block reads from the one and writes to the other.
+        autocast: see `Batch`.
     """
 
     ids: Tensor
     calls: list[list[Call]]
     files: tuple[Activations, Activations]
+    autocast: torch.dtype | None = None
 
     def batches(self, index: int, device: torch.device) -> Iterator[Batch]:
         """The input of block `index`, batch by batch."""
         for rows, calls in zip(batches_of(self.ids), self.calls, strict=True):
             call = calls[index] if index < len(calls) else ((), {})  # there is none after the last block
-            yield Batch(rows, self.before(index).read(rows, device), call)
+            yield Batch(rows, self.before(index).read(rows, device), call, self.autocast)
 
     def before(self, index: int) -> Activations:
         """Hidden states before block `index`."""
@@ -62,7 +66,8 @@ def batches_of(ids: Tensor) -> list[range]:
 def run_block(block: nn.Module, batch: Batch) -> Tensor:
     """Hidden states [len(rows), seq_len, width] that a block gives for a batch."""
     more, named = batch.call
-    return first_of(block(batch.hidden, *more, **named))
+    with torch.autocast(batch.hidden.device.type, batch.autocast, enabled=batch.autocast is not None):
+        return first_of(block(batch.hidden, *more, **named)).to(batch.hidden.dtype)
 
 
 def first_of(output: Any) -> Tensor:

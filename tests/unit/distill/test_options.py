@@ -1,6 +1,7 @@
 """Options of a run: teacher cache, keeping the best epoch, early stopping, mixed text, a dense control, TensorBoard."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -149,3 +150,47 @@ def test_teacher_and_student_need_the_same_vocabulary(pruned, corpus, tmp_path):
     AutoModelForCausalLM.from_config(Qwen3Config(**(SMALL | {"vocab_size": 300}))).save_pretrained(other)
     with pytest.raises(ValueError, match=r"teacher_model must have the student's vocabulary of 256 words, got 300"):
         run(settings(pruned, corpus, tmp_path / "out", teacher_model=str(other)))
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_term_on_hidden_states_is_the_mean_over_blocks_and_tokens(pruned, corpus, tmp_path, epochs):  # noqa: F811
+    plain = trainer(pruned, corpus, tmp_path, max_steps=1)
+    run = trainer(pruned, corpus, tmp_path, max_steps=1, alpha_hidden=0.5, epochs=epochs)
+    assert not run.config.caches_teacher()
+    rows = torch.tensor([3, 1])
+    both = [
+        model(input_ids=run.blocks[rows], use_cache=False, output_hidden_states=True)
+        for model in (run.backend.decoder, run.teacher.decoder)
+    ]
+    states = [(*output.hidden_states[1:-1], output.last_hidden_state) for output in both]
+    assert len(states[0]) == len(run.backend.decoder.layers) > 1
+    errors = [
+        float((student - teacher).norm() ** 2 / teacher.norm() ** 2)
+        for pair in zip(*states, strict=True)
+        for student, teacher in zip(*(each.detach().flatten(0, 1) for each in pair), strict=True)
+    ]
+    found = run.losses(rows)
+    assert found["hidden_loss"].item() == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+    without = plain.losses(rows)
+    assert list(without) == ["loss", "kd_loss", "ce_loss"]
+    assert found["loss"].item() == pytest.approx(without["loss"].item() + 0.5 * found["hidden_loss"].item())
+    found["loss"].backward()
+    without["loss"].backward()
+    name = "layers.0.mlp.up_proj.weight"
+    gradients = [each.backend.decoder.get_parameter(name).grad for each in (run, plain)]
+    assert not torch.allclose(*gradients)
+
+
+def test_the_term_on_hidden_states_falls_in_training(pruned, corpus, tmp_path):  # noqa: F811
+    steps = trainer(pruned, corpus, tmp_path, alpha_hidden=1.0, learning_rate=1e-2, epochs=2, max_steps=0).fit().steps
+    assert steps[-1]["hidden_loss"] < 0.8 * steps[0]["hidden_loss"]
+
+
+def test_hidden_states_of_models_of_different_shape_are_not_compared(pruned, corpus, tmp_path):  # noqa: F811
+    shutil.copytree(pruned / "dense", tmp_path / "teacher")
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    model = tiny_model("qwen3", tied=True, num_hidden_layers=config["num_hidden_layers"] + 1)
+    model.save_pretrained(tmp_path / "teacher")
+    config = settings(pruned, corpus, tmp_path / "out", teacher_model=str(tmp_path / "teacher"), alpha_hidden=1.0)
+    with pytest.raises(ValueError, match=r"^alpha_hidden must be 0 for a teacher of 3 blocks of width 64 and a student of 2 "):
+        run(config)
