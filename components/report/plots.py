@@ -79,7 +79,12 @@ def _bars(name: str, rows: list[Row], values: list[float], texts: list[str], log
 
 
 def _loss(record: StageRecord, name: str) -> Plot | None:
-    names = {"loss": ("loss", INK), "kd_loss": ("distillation", SERIES[0]), "ce_loss": ("cross-entropy", SERIES[1])}
+    names = {
+        "loss": ("loss", INK),
+        "kd_loss": ("distillation", SERIES[0]),
+        "ce_loss": ("cross-entropy", SERIES[1]),
+        "hidden_loss": ("hidden states", SERIES[2]),
+    }
     steps = _entries(record, "steps")
     lines = {key: _points(steps, "step", key) for key in names}
     if not any(lines.values()):
@@ -92,7 +97,7 @@ def _loss(record: StageRecord, name: str) -> Plot | None:
                 label, color = names[key]
                 marker = "o" if len(points) == 1 else ""
                 axes.plot(x, y, label=label, color=color, marker=marker, zorder=3 if key == "loss" else 2)
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=2)
         svg = as_svg(figure, name)
     bins = -(-len(steps) // POINTS)
     caption = f"{large(len(steps))} steps." + (f" Each point is the mean of {bins} steps." if bins > 1 else "")
