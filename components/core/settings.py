@@ -195,8 +195,8 @@ class ModelSettings(CodeSettings):
 
     dtype: str = "auto"
     """Number format of the model's weights and activations: float32, float16, bfloat16, or auto, which is bfloat16 where the
-    device has it, float16 on other GPUs and float32 on a CPU, where calibration text is multiplied in bfloat16 if the CPU does so natively.
-    Hessians, and weights while they are trained, are float32."""
+    device has it, float16 on other GPUs and float32 on a CPU (calibration text is then multiplied in bfloat16 if the CPU does
+    so natively). Hessians, and weights while they are trained, are float32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

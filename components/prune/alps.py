@@ -12,7 +12,7 @@ Unlike SparseGPT it may change its mind about any weight at any time. ρ decides
 it grows, by the more the more of the mask has just changed (section 3.2), and the search ends when the mask is stable. By then
 the weights are nearly the best ones for their mask; `refit` makes them so (section 3.3).
 
-H is damped and scaled to a unit diagonal, as in the published code, so that entries of D compare by their effect and ρ means
+The damped H is scaled to a unit diagonal, as in the published code, so that entries of D compare by their effect and ρ means
 the same for all layers; the weights are scaled back at the end.
 
 Unlike in the paper,
@@ -42,7 +42,6 @@ STABLE = 0.0003  # share of the mask; it is stable if no more has changed
 @torch.no_grad()
 def alps(
     weights: Sequence[Tensor],
-    hessian: Tensor,
     factor: Factor,
     sparsity: float,
     n_of_m: tuple[int, int] | None = None,
@@ -53,8 +52,7 @@ def alps(
 
     Args:
         weights: [out, in] each.
-        hessian: float32 [in, in], computed from the layers' inputs.
-        factor: the same, factorized with damping by each entry.
+        factor: the factorized Hessian of the layers' inputs, [in, in].
         sparsity: fraction of weights to remove, in [0, 1).
         n_of_m: keep N of every M consecutive weights in a row, instead of choosing in the whole matrix.
         iterations: of ADMM, at most; usually 30 are enough.
@@ -62,9 +60,8 @@ def alps(
     Returns:
         for each layer (float32 pruned weight [out, in], bool mask [out, in], True = kept).
     """
-    scales, inverse_scales = input_scales(hessian)
-    normal = hessian * inverse_scales * inverse_scales[:, None]
-    normal.diagonal().add_(factor.damping)
+    scales, inverse_scales = input_scales(factor.damped)
+    normal = factor.damped * inverse_scales * inverse_scales[:, None]
     found = []
     for weight, (start, kept) in zip(weights, sparsegpt(weights, factor, sparsity, n_of_m), strict=True):
         pruned, kept = _search(weight.float() * scales, normal, start * scales, kept, sparsity, n_of_m, iterations)

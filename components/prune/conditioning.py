@@ -1,15 +1,17 @@
 """The damped Hessian, factorized as long as rounding allows, and the Hessian scaled to a unit diagonal.
 
 A Hessian is singular if inputs depend on each other or if there are fewer tokens than inputs, and float32 rounds its smallest
-eigenvalues to anything. Damping lifts them. The amount is a fraction λ of the diagonal, in one of two ways:
+eigenvalues to anything. Damping lifts them. SparseGPT adds λ · mean(diag H) to the diagonal (Frantar & Alistarh 2023). But
+where a few tokens have activations a thousand times as large as all others ("attention sinks", Xiao et al. 2023; "massive
+activations", Sun et al. 2024), the mean is theirs alone, and damping by it drowns every other input. A fraction of each entry,
+λ · diag(H) (Marquardt 1963), does not depend on the scale of the inputs; but then nothing keeps the weights of an input that
+hardly varies from growing as it shrinks. They fit noise, and one such weight decides the step with which its row is rounded to
+8 bits. So each entry counts for at least as much as the one in the middle, which no few inputs decide:
 
-    of its mean:   H + λ · mean(diag H) · I       (Frantar & Alistarh 2023)
-    of each entry: H + λ · diag(H)                (Marquardt 1963)
+    H + λ · max(diag(H), median(diag H))
 
-Where a few tokens have activations a thousand times as large as all others ("attention sinks", Xiao et al. 2023; "massive
-activations", Sun et al. 2024), the mean is theirs alone, and damping by it drowns every other input. Damping by each entry does
-not depend on the scale of the inputs: with D = diag(H)^-½ and H' = D H D, whose diagonal is one, it is H' + λI, seen in the
-original scale. Methods whose result depends on the scale, other than by damping, compute with H' and W' = W D^-1 instead.
+Methods whose result depends on the scale of the inputs, other than by damping, compute with D H D and W D^-1 instead, where D
+scales the diagonal of the damped Hessian to one.
 """
 
 from dataclasses import dataclass
@@ -28,38 +30,38 @@ class Factor:
     """A factorized Hessian.
 
     Attributes:
-        upper: U, upper triangular, float32 [in, in], with UᵀU the inverse of the damped Hessian.
-        dead: bool [in], True = an input that is always zero; its diagonal entry was taken as 1.
+        damped: the damped Hessian, float32 [in, in].
+        upper: U, upper triangular, float32 [in, in], with UᵀU its inverse.
+        dead: bool [in], True = an input that is always zero, and so is the damped Hessian's entry; U was computed with 1 there.
         damping: the fraction of the diagonal that it took.
         condition: a lower bound of the damped Hessian's condition number, (max U[j, j] / min U[j, j])².
     """
 
+    damped: Tensor
     upper: Tensor
     dead: Tensor
     damping: float
     condition: float
 
 
-def inverse_factor(hessian: Tensor, damping: float, what: str, normalise: bool = False) -> Factor:
+def inverse_factor(hessian: Tensor, damping: float, what: str) -> Factor:
     """Upper Cholesky factor U of the inverse of the damped Hessian, H⁻¹ = UᵀU.
 
     Args:
         hessian: float32 [in, in].
-        damping: fraction of the diagonal to add to the diagonal.
+        damping: λ.
         what: the layer's name, for messages.
-        normalise: add a fraction of each entry, not of the mean.
 
     Raises:
         ValueError: the Hessian is not positive definite even with the strongest damping tried.
     """
-    hessian = hessian.clone()
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
-    diagonal = hessian.diagonal() if normalise else hessian.diagonal().mean()
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    amounts = torch.where(dead, 0, diagonal.clamp_min(diagonal[~dead].quantile(0.5))) if not dead.all() else diagonal
     for dtype, factor in ATTEMPTS:
         used = damping * factor
         damped = hessian.to(dtype, copy=True)
-        damped.diagonal().add_(used * diagonal)
+        damped.diagonal().add_(amounts, alpha=used).masked_fill_(dead, 1)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if failed:
             continue
@@ -71,7 +73,8 @@ def inverse_factor(hessian: Tensor, damping: float, what: str, normalise: bool =
             taken = f"{used:g}" if dtype is torch.float32 else f"{used:g} and float64"
             needed = f"{what}: the Hessian needed damping {taken} instead of {damping:g}"
             log(f"{needed}; its condition is {condition:.0e} or worse", by_any=True)
-        return Factor(upper.float(), dead, used, condition)
+        damped.diagonal().masked_fill_(dead, 0)
+        return Factor(damped.float(), upper.float(), dead, used, condition)
     raise ValueError(
         f"damping must make the Hessian positive definite, {used:g} did not for {what}: use more or other calibration text"
     )

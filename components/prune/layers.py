@@ -55,25 +55,24 @@ def prune_layers(
         ValueError: see `inverse_factor`.
     """
     recipe, n_of_m = recipe_of(config), parse_pattern(config.pattern)
-    factor = inverse_factor(hessian, config.damping, what, normalise=True)
+    factor = inverse_factor(hessian, config.damping, what)
     if cross is not None:
         weights = [best_weight(weight, hessian, cross, factor) for weight in weights]
     methods: dict[str, Callable[..., list[tuple[Tensor, Tensor]]]] = {
         "sparsegpt": partial(sparsegpt, factor=factor, block_size=config.block_size),
-        "alps": partial(alps, hessian=hessian, factor=factor),
+        "alps": partial(alps, factor=factor),
         "wanda": partial(wanda, hessian=hessian),
         "magnitude": magnitude,
     }
-    damped = hessian + factor.damping * hessian.diagonal().diag()  # without it, what follows fits the noise of few tokens
     found = methods[recipe.method](weights, sparsity=config.sparsity, n_of_m=n_of_m)
     pruned = []
     for dense, (weight, mask) in zip(weights, found, strict=True):
         first = relative_error(dense, weight, hessian)
-        target = dense.float() @ damped
+        target = dense.float() @ factor.damped  # undamped, what follows would fit the noise of few tokens
         if recipe.swaps:
-            weight, mask = swap(weight, mask, damped, target, n_of_m, rounds=recipe.swaps)
+            weight, mask = swap(weight, mask, factor.damped, target, n_of_m, rounds=recipe.swaps)
         if recipe.refit:
-            weight = refit(weight, mask, damped, target, iterations=recipe.refit)
+            weight = refit(weight, mask, factor.damped, target, iterations=recipe.refit)
         measured = {
             "relative_error": relative_error(dense, weight, hessian),
             "relative_error_of_method": first,

@@ -105,9 +105,9 @@ def refitted(pruned: Pruned, hessian: Tensor, target: Tensor, iterations: int) -
     return refit(*pruned, hessian, target, iterations=iterations), pruned[1]
 
 
-def factor(hessian: Tensor, normalise: bool = True) -> Factor:
+def factor(hessian: Tensor) -> Factor:
     """The factorized Hessian, with the default damping."""
-    return inverse_factor(hessian, PruneConfig.damping, "layer", normalise)
+    return inverse_factor(hessian, PruneConfig.damping, "layer")
 
 
 def measure(name: str, groups: list[Group], prune: Callable[[list[Tensor], Tensor], list[Pruned]], steps: list[Step]) -> None:
@@ -137,12 +137,9 @@ def main() -> None:
     methods: dict[str, Callable[[list[Tensor], Tensor], list[Pruned]]] = {
         "magnitude": lambda weights, _: magnitude(weights, sparsity, n_of_m),
         "wanda": lambda weights, hessian: wanda(weights, hessian, sparsity, n_of_m),
-        "sparsegpt, damped by the mean": lambda weights, hessian: sparsegpt(weights, factor(hessian, False), sparsity, n_of_m),
         "sparsegpt": lambda weights, hessian: sparsegpt(weights, factor(hessian), sparsity, n_of_m),
-        "alps, 15 iterations": lambda weights, hessian: alps(
-            weights, hessian, factor(hessian), sparsity, n_of_m, iterations=15
-        ),
-        "alps": lambda weights, hessian: alps(weights, hessian, factor(hessian), sparsity, n_of_m),
+        "alps, 15 iterations": lambda weights, hessian: alps(weights, factor(hessian), sparsity, n_of_m, iterations=15),
+        "alps": lambda weights, hessian: alps(weights, factor(hessian), sparsity, n_of_m),
     }
     refits: dict[str, list[Step]] = {f" + refit {count}": [partial(refitted, iterations=count)] for count in (10, 20, 40)}
     exchanges: list[Step] = [*refits[" + refit 10"], lambda found, *more: swap(*found, *more, n_of_m), *refits[" + refit 10"]]

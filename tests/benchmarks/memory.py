@@ -21,8 +21,8 @@ from pipelines.size_tables import defaults
 from tests.benchmarks.models import make_model
 
 LIMIT, GROWTH = 1.2e9, 1.1
-TEXT = {"nsamples": 8, "seq_len": 512}
-EVALUATION = {"eval_blocks": 8, "eval_seq_len": 512}
+TEXT = {"nsamples": 4, "seq_len": 512}
+EVALUATION = {"eval_blocks": 4, "eval_seq_len": 512}
 ON_CPU = {"prune_gpus": 0, "quantize_gpus": 0}
 NOT_MEASURED = ("a process", "files just written")
 # runs `main` of a stage's package, or nothing, and prints the peak of the whole process

@@ -19,12 +19,11 @@ def sparsegpt(
     sparsity: float,
     n_of_m: Patterns = None,
     damping: float = 0.01,
-    normalise: bool = False,
     what: str = "layer",
     **more: Any,
 ) -> list[tuple[Tensor, Tensor]]:
     """The method from the Hessian on."""
-    factor = inverse_factor(hessian, damping, what, normalise)
+    factor = inverse_factor(hessian, damping, what)
     return sparsegpt_method.sparsegpt(weights, factor, sparsity, n_of_m, **more)
 
 
@@ -32,8 +31,8 @@ def alps(
     weights: Sequence[Tensor], hessian: Tensor, sparsity: float, n_of_m: Patterns = None, damping: float = 0.01
 ) -> list[tuple[Tensor, Tensor]]:
     """The method from the Hessian on."""
-    factor = inverse_factor(hessian, damping, "layer", normalise=True)
-    return alps_method.alps(weights, hessian, factor, sparsity, n_of_m)
+    factor = inverse_factor(hessian, damping, "layer")
+    return alps_method.alps(weights, factor, sparsity, n_of_m)
 
 
 def layer(rows: int, columns: int, seed: int = 0, samples: int = 200) -> tuple[Tensor, Tensor]:
@@ -55,6 +54,13 @@ def awkward_layer(kind: str, rows: int = 6, columns: int = 24) -> tuple[Tensor, 
         sink[5] = 1e4
         hessian += torch.outer(sink, sink)
     return weight.float(), hessian.float()
+
+
+def damp(hessian: Tensor, damping: float) -> Tensor:
+    """The damped Hessian."""
+    diagonal = hessian.diagonal()
+    middle = diagonal[diagonal > 0].quantile(0.5)
+    return hessian + damping * torch.where(diagonal > 0, diagonal.clamp_min(middle), 0).diag()
 
 
 AWKWARD = ("plain", "fewer tokens than inputs", "dead inputs", "a sink")

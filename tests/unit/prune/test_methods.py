@@ -10,7 +10,7 @@ from components.prune.refit import refit
 from components.prune.selection import keep_largest
 from components.prune.swaps import swap
 from components.prune.wanda import wanda
-from tests.unit.prune.layers import AWKWARD, alps, awkward_layer, error_of, inputs_with_a_sink, layer, sparsegpt
+from tests.unit.prune.layers import AWKWARD, alps, awkward_layer, damp, error_of, inputs_with_a_sink, layer, sparsegpt
 
 PATTERNS = [None, (2, 4)]
 METHODS = {"alps": alps, "wanda": wanda, "sparsegpt": sparsegpt}
@@ -78,11 +78,11 @@ def test_wanda_agrees_with_a_loop_over_rows(sparsity):
 
 def literal_alps(weight, hessian, sparsity, n_of_m, damping=0.01):
     """Algorithm 1 of the paper in float64, with plain inverses; returns the weights, the mask and the number of iterations."""
-    damped = hessian + damping * hessian.diagonal().diag()
-    scales = hessian.diagonal().sqrt().diag()
+    damped = damp(hessian, damping)
+    scales = damped.diagonal().sqrt().diag()
     normal = scales.inverse() @ damped @ scales.inverse()
     target = weight @ scales @ normal
-    start, before = sparsegpt([weight], hessian.float(), sparsity, n_of_m, damping=damping, normalise=True)[0]
+    start, before = sparsegpt([weight], hessian.float(), sparsity, n_of_m, damping=damping)[0]
     sparse, dual, rho = start.double() @ scales, torch.zeros_like(weight), 0.1
     for iteration in range(1, 61):
         free = (target - dual + rho * sparse) @ (normal + rho * torch.eye(len(normal))).inverse()

@@ -6,7 +6,7 @@ import torch
 from components.core.mask.mask import pruned_count
 from components.prune.magnitude import magnitude
 from tests.unit.prune import layers
-from tests.unit.prune.layers import layer
+from tests.unit.prune.layers import damp, layer
 
 
 def sparsegpt(weight, hessian, *args, **kwargs):
@@ -19,7 +19,7 @@ def literal_sparsegpt(weight, hessian, sparsity, block_size, n_of_m=None, dampin
     """Algorithm 1, with the inverse Hessian of the weights not yet visited recomputed for each column."""
     weight = weight.clone()
     rows, columns = weight.shape
-    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    damped = damp(hessian, damping)
     inverse = [torch.linalg.inv(damped[column:, column:]) for column in range(columns)]  # of the columns not yet visited
     kept = torch.ones(rows, columns, dtype=torch.bool)
     removed = 0
