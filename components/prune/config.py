@@ -46,7 +46,7 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
     reconstruct_epochs: int = AUTO_NUMBER
     """Passes over the calibration text in which a block is trained; -1 = by effort."""
     damping: float = 0.01
-    """What is added to each entry of the Hessian's diagonal, as a fraction of the entry or, if that is larger, of the median."""
+    """What is added to an entry of the Hessian's diagonal, as a fraction of the entry or, if that is larger, of the median."""
     block_size: int = 128
     """Number of columns whose mask is chosen together (SparseGPT's lazy batch)."""
     nproc_per_node: int = 1
