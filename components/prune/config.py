@@ -1,10 +1,12 @@
 """Settings of the prune stage."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from components.core.checks import check_above, check_at_least, check_not_empty, check_one_of, parse_pattern
 from components.core.corpus import WIKITEXT2, check_data, check_held_out
+from components.core.errors import shown
 from components.core.files import check_new
 from components.core.models import check_model_id
 from components.core.settings import INPUT, OUTPUT, CalibrationSettings, DeviceSettings, EvalSettings, ModelSettings
@@ -15,6 +17,8 @@ NOT_IN_PIPELINES = {
     "block_size": "expert setting: it hardly changes the result",
     "reconstruct_epochs": "expert setting: effort has values that were measured",
 }
+IDLE_EXPERTS = ("refuse", "magnitude")
+NAME_PATTERN = re.compile(r"[\w.*?\[\]!-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,13 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
     """Value added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
     block_size: int = 128
     """Number of columns whose mask is chosen together (SparseGPT's lazy batch)."""
+    ignore: list[str] = field(default_factory=list)
+    """Layers to leave dense: patterns of their names in the model, in which * stands for anything, e.g. `*.self_attn.*`."""
+    idle_experts: str = "refuse"
+    """What becomes of an expert of a mixture that sees fewer calibration tokens than expert_tokens: `refuse` ends the run,
+    `magnitude` prunes the expert by magnitude alone; the log and the record name it."""
+    expert_tokens: int = 1
+    """Calibration tokens from which an expert is pruned by its Hessian."""
     nproc_per_node: int = 1
     """Processes to start, one per GPU; they share the calibration blocks and the layers. At most nsamples."""
 
@@ -64,6 +75,11 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
         if self.reconstruct_epochs != AUTO_NUMBER:
             check_at_least("reconstruct_epochs", self.reconstruct_epochs, 1)
         check_at_least("block_size", self.block_size, 1)
+        for pattern in self.ignore:
+            if not NAME_PATTERN.fullmatch(pattern):
+                raise ValueError(f"ignore must be patterns of names such as *.self_attn.*, got {shown(pattern)}")
+        check_one_of("idle_experts", self.idle_experts, IDLE_EXPERTS)
+        check_at_least("expert_tokens", self.expert_tokens, 1)
         check_at_least("nproc_per_node", self.nproc_per_node, 1)
         if self.nproc_per_node > self.nsamples:
             raise ValueError(f"nproc_per_node must be at most nsamples = {self.nsamples}, got {self.nproc_per_node}")
@@ -77,7 +93,7 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(PruneSettings, DeviceSettings):
-    """Prune the linear layers in a language model's decoder blocks in one shot."""
+    """Prune the weight matrices in a language model's decoder blocks in one shot."""
 
     dense_model: str = field(metadata=INPUT)
     """The model to prune: a folder with a dense checkpoint, a hub id with optional @revision, or builtin:smollm2-135m."""

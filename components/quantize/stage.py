@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.core.blocks import check_blocks, find_blocks, linears, report_dense
+from components.core.blocks import check_blocks, check_linear, find_blocks, matrices, report_dense
 from components.core.checkpoint.checks import check_dense, check_ids, check_seq_len, inspect_checkpoint
 from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.checkpoint.loading import load_tokenizer, open_model
@@ -45,7 +45,9 @@ def run(config: QuantizeConfig) -> StageRecord:
     device = pick_device(config.gpus)
     model_config, empty = inspect_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
     check_dense("model_dir", config.model_dir, model_config)
-    check_blocks("model_dir", *find_blocks("model_dir", empty))
+    blocks = find_blocks("model_dir", empty)
+    check_linear("model_dir", *blocks)
+    check_blocks("model_dir", *blocks)
     mask = load_mask(config.mask_file) if config.mask_file else None
     if mask:
         check_mask(mask, empty)
@@ -113,7 +115,7 @@ def quantize_model(walk: Walk, work: Work, engine: ModuleType, format: str, mask
     Raises:
         SparsityError: one of them is not.
     """
-    inside = [f"{walk.name}.{index}.{name}" for index, block in enumerate(walk.blocks) for name in linears(block)]
+    inside = [f"{walk.name}.{index}.{name}" for index, block in enumerate(walk.blocks) for name in matrices(block)]
     numbers = range(len(work.results), walk.parts)
     for number in track(numbers, "quantizing", len(numbers)):
         # the engine changes a copy, made while it takes no memory, so that the walk's own model stays as it is

@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from components.core.blocks import find_blocks, linears
+from components.core.blocks import find_blocks
 from components.core.checkpoint.files import INDEX_FILE, WEIGHTS_FILE
 from components.core.models import SMOLLM2, SMOLLM2_PACKAGE, _smollm2_file
 from components.resolve.shape import Shape, llama_tensors, model_shape, shape_of
@@ -22,7 +23,7 @@ def shape_of_model(model, number_bytes):
     """The sizes of a model, by its modules."""
     _, blocks = find_blocks("model", model)
     everything, inside = (sum(weight.numel() for weight in part.parameters()) for part in (model, blocks))
-    layers = [layer.weight for layer in linears(blocks[0]).values()]  # all blocks are alike
+    layers = [module.weight for module in blocks[0].modules() if isinstance(module, nn.Linear)]  # all blocks are alike
     words = model.get_input_embeddings().weight
     return Shape(
         parameters=everything,
