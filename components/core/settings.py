@@ -56,10 +56,8 @@ def affecting(settings: Any) -> dict[str, Any]:
 
 def flags_of(settings: Any, config_class: type, leave_out: Collection[str] = ()) -> list[str]:
     """The fields that a settings class has as command-line flags of its stage; empty values are omitted too."""
-    values = {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(config_class)}
-    given = {name: value for name, value in values.items() if name not in leave_out and value not in ("", [])}
-    lists = [part for name, value in given.items() if isinstance(value, list) for part in (f"--{name}", *value)]
-    return [f"--{name}={value}" for name, value in given.items() if not isinstance(value, list)] + lists
+    names = [entry.name for entry in dataclasses.fields(config_class) if entry.name not in leave_out]
+    return [f"--{name}={value}" for name in names if (value := getattr(settings, name)) != ""]
 
 
 @contextlib.contextmanager

@@ -165,7 +165,8 @@ def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: 
 
 def chosen(block: nn.Module, prefix: str, config: PruneConfig) -> dict[str, Matrix]:
     """The matrices of a block that are pruned: all but those that `ignore` names."""
-    return {name: matrix for name, matrix in matrices(block).items() if not is_named(f"{prefix}.{matrix.layer}", config.ignore)}
+    ignored = config.ignored()
+    return {name: matrix for name, matrix in matrices(block).items() if not is_named(f"{prefix}.{matrix.layer}", ignored)}
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from components.prune.recipe import AUTO, AUTO_NUMBER, CHOICES, EFFORTS
 NOT_IN_PIPELINES = {
     "damping": "expert setting: a value that is too small is increased automatically, and logged",
     "block_size": "expert setting: it hardly changes the result",
+    "expert_tokens": "expert setting: a Hessian of few tokens is damped, and still better than none",
     "reconstruct_epochs": "expert setting: effort has values that were measured",
 }
 IDLE_EXPERTS = ("refuse", "magnitude")
-NAME_PATTERN = re.compile(r"[\w.*?\[\]!-]+")
+NAME_PATTERNS = re.compile(r"[\w.*?-]+(,[\w.*?-]+)*", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,9 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
     """Value added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
     block_size: int = 128
     """Number of columns whose mask is chosen together (SparseGPT's lazy batch)."""
-    ignore: list[str] = field(default_factory=list)
-    """Layers to leave dense: patterns of their names in the model, in which * stands for anything, e.g. `*.self_attn.*`."""
+    ignore: str = ""
+    """Layers to leave dense: their names in the model, separated by commas, in which * stands for anything, such as
+    *.self_attn.*; empty = none."""
     idle_experts: str = "refuse"
     """What becomes of an expert of a mixture that sees fewer calibration tokens than expert_tokens: `refuse` ends the run,
     `magnitude` prunes the expert by magnitude alone; the log and the record name it."""
@@ -75,9 +77,8 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
         if self.reconstruct_epochs != AUTO_NUMBER:
             check_at_least("reconstruct_epochs", self.reconstruct_epochs, 1)
         check_at_least("block_size", self.block_size, 1)
-        for pattern in self.ignore:
-            if not NAME_PATTERN.fullmatch(pattern):
-                raise ValueError(f"ignore must be patterns of names such as *.self_attn.*, got {shown(pattern)}")
+        if self.ignore and not NAME_PATTERNS.fullmatch(self.ignore):
+            raise ValueError(f"ignore must be names separated by commas, such as *.self_attn.*, got {shown(self.ignore)}")
         check_one_of("idle_experts", self.idle_experts, IDLE_EXPERTS)
         check_at_least("expert_tokens", self.expert_tokens, 1)
         check_at_least("nproc_per_node", self.nproc_per_node, 1)
@@ -89,6 +90,10 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
             raise ValueError(f"sparsity must be {1 - n_of_m[0] / n_of_m[1]:g} for pattern {self.pattern}, got {self.sparsity}")
         if n_of_m and self.block_size % n_of_m[1]:
             raise ValueError(f"block_size must be a multiple of {n_of_m[1]} for pattern {self.pattern}, got {self.block_size}")
+
+    def ignored(self) -> list[str]:
+        """The patterns of `ignore`."""
+        return self.ignore.split(",") if self.ignore else []
 
 
 @dataclass(frozen=True, kw_only=True)

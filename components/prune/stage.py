@@ -174,7 +174,7 @@ def check_model(config: PruneConfig, folder: Path) -> Any:
         check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
     n_of_m = parse_pattern(config.pattern)
     name, blocks = find_blocks("dense_model", empty)
-    check_blocks("dense_model", name, blocks, n_of_m[1] if n_of_m else 1, config.ignore)
+    check_blocks("dense_model", name, blocks, n_of_m[1] if n_of_m else 1, config.ignored())
     check_ignore(config, name, blocks)
     check_target(config, name, blocks)
     check_none_empty(config, name, blocks)
@@ -185,7 +185,7 @@ def check_model(config: PruneConfig, folder: Path) -> Any:
 def check_ignore(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:
     """Raise ValueError if a pattern of `ignore` names no layer of the blocks, or the patterns together name all of them."""
     layers = [f"{name}.{index}.{inner}" for index, block in enumerate(blocks) for inner in layer_names(block)]
-    for pattern in config.ignore:
+    for pattern in config.ignored():
         if not any(is_named(layer, [pattern]) for layer in layers):
             raise ValueError(f"ignore must name layers of {name}, such as {layers[0]}, got {shown(pattern)}")
     if not any(chosen(block, f"{name}.{index}", config) for index, block in enumerate(blocks)):
