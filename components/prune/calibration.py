@@ -198,7 +198,7 @@ def hessians(block: nn.Module, seen: Observed, what: str, fewest: int = 1, *, re
         block: the block.
         seen: what its matrices have seen in this process.
         what: the block's name, for messages.
-        fewest: calibration tokens of which a Hessian is made.
+        fewest: calibration tokens of which the Hessian of an expert is made; that of another matrix takes one.
         refuses: whether a matrix that has seen fewer is an error; otherwise its group has no Hessian in any process.
 
     Raises:
@@ -207,6 +207,7 @@ def hessians(block: nn.Module, seen: Observed, what: str, fewest: int = 1, *, re
     """
     found = matrices(block)
     weights = {name: found[name].of(block.get_parameter(found[name].parameter)) for name in found if name in seen.names}
+    needed = {name: 1 if found[name].expert is None else fewest for name in weights}
     everywhere = from_all((seen.leader, seen.tokens, bool(seen.cross)))
     tokens = Counter[str]()
     led: dict[str, list[str]] = {}
@@ -218,10 +219,10 @@ def hessians(block: nn.Module, seen: Observed, what: str, fewest: int = 1, *, re
             if len(leaders) > 1:
                 raise ValueError(f"dense_model must give {name} the same input as {' and '.join(leaders)} in every batch")
             leader = leaders.pop()
-            if refuses and tokens[leader] < fewest:
+            if refuses and tokens[leader] < needed[name]:
                 raise ValueError(
-                    f"nsamples must be large enough for {what}.{name} to see {fewest} tokens, it saw {tokens[leader]}; "
-                    "idle_experts magnitude prunes such an expert without them"
+                    f"nsamples must be large enough for {what}.{name} to see at least {needed[name]} of the tokens, "
+                    f"it saw {tokens[leader]}; with idle_experts magnitude it is pruned without"
                 )
             led.setdefault(leader, []).append(name)
     widths = {leader: (weights[leader].shape[1], sum(len(weights[name]) for name in led[leader])) for leader in led}
@@ -230,7 +231,7 @@ def hessians(block: nn.Module, seen: Observed, what: str, fewest: int = 1, *, re
     groups = []
     for (leader, names), process in zip(led.items(), processes, strict=True):
         width, _ = widths[leader]
-        if tokens[leader] < fewest:
+        if tokens[leader] < needed[leader]:
             groups.append(Group(names, process, tokens[leader], None, None))
             continue
         total = seen.sums.pop(leader, None)
