@@ -15,7 +15,7 @@ from components.prune.recipe import AUTO, AUTO_NUMBER, CHOICES, EFFORTS
 NOT_IN_PIPELINES = {
     "damping": "expert setting: a value that is too small is increased automatically, and logged",
     "block_size": "expert setting: it hardly changes the result",
-    "expert_tokens": "expert setting: a Hessian of few tokens is damped, and still better than none",
+    "expert_tokens": "expert setting: on layers of SmolLM2-135M, 16 tokens did as well as magnitude, and fewer did worse",
     "reconstruct_epochs": "expert setting: effort has values that were measured",
 }
 IDLE_EXPERTS = ("refuse", "magnitude")
@@ -60,8 +60,8 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
     idle_experts: str = "refuse"
     """What becomes of an expert of a mixture that sees fewer calibration tokens than expert_tokens: `refuse` ends the run,
     `magnitude` prunes the expert by magnitude alone; the log and the record name it."""
-    expert_tokens: int = 1
-    """Calibration tokens from which an expert is pruned by its Hessian."""
+    expert_tokens: int = 16
+    """Fewest calibration tokens of which the Hessian of an expert is made."""
     nproc_per_node: int = 1
     """Processes to start, one per GPU; they share the calibration blocks and the layers. At most nsamples."""
 
