@@ -60,6 +60,11 @@ def stacks(module: nn.Module) -> dict[str, Tensor]:
     return {name: weight for name, weight in module.named_parameters(recurse=False) if weight.ndim == 3}
 
 
+def stack_names(block: nn.Module) -> set[str]:
+    """Names of the parameters that have a matrix for each expert."""
+    return {matrix.parameter for matrix in matrices(block).values() if matrix.expert is not None}
+
+
 def layer_names(block: nn.Module) -> list[str]:
     """Names of all weights of two dimensions or more in a block, without `.weight`."""
     return [name.removesuffix(".weight") for name, weight in block.named_parameters() if weight.ndim >= 2]
@@ -174,17 +179,22 @@ def routing(block: nn.Module) -> set[str]:
     return small - pruned
 
 
-def check_linear(parameter: str, name: str, blocks: nn.ModuleList) -> None:
-    """Check that all weights of two dimensions or more in the blocks are those of `nn.Linear`. Arguments as above.
+def check_quantizable(parameter: str, name: str, blocks: nn.ModuleList) -> bool:
+    """Check that the matrices of the blocks can be quantized; returns whether some are those of experts. Arguments as above.
 
     Raises:
-        ValueError: one is not.
+        ValueError: one is neither that of an `nn.Linear` nor of an expert.
     """
+    has_experts = False
     for index, block in enumerate(blocks):
         weights = {id(module.weight) for module in block.modules() if isinstance(module, nn.Linear)}
+        experts = stack_names(block)
+        has_experts = has_experts or bool(experts)
+        known = routing(block) | experts
         for weight_name, weight in block.named_parameters():
-            if weight.ndim >= 2 and id(weight) not in weights:
+            if weight.ndim >= 2 and id(weight) not in weights and weight_name not in known:
                 raise ValueError(
-                    f"{parameter} must keep the matrices of its blocks in nn.Linear layers to be quantized; "
-                    f"{name}.{index}.{weight_name} {list(weight.shape)} is none"
+                    f"{parameter} must keep the matrices of its blocks in nn.Linear or experts of transformers to be "
+                    f"quantized; {name}.{index}.{weight_name} {list(weight.shape)} is neither"
                 )
+    return has_experts

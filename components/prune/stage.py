@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from components.core import processes
-from components.core.blocks import check_blocks, find_blocks, is_named, layer_names, matrices, report_dense
+from components.core.blocks import check_blocks, find_blocks, is_named, layer_names, report_dense, stack_names
 from components.core.checkpoint.checks import check_dense, check_ids, check_seq_len, inspect_checkpoint
 from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.checkpoint.loading import load_tokenizer
@@ -197,8 +197,7 @@ def check_target(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:
 
     A token may be routed to another expert after pruning, which has no output for it in the dense model.
     """
-    experts = any(matrix.expert is not None for block in blocks for matrix in matrices(block).values())
-    if experts and recipe_of(config).target == "dense":
+    if any(map(stack_names, blocks)) and recipe_of(config).target == "dense":
         raise ValueError(f"target must be pruned for a model that routes its tokens, got dense: {name} has experts")
 
 

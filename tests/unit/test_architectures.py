@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from components.core.checkpoint.loading import load_tokenizer
 from components.core.mask.mask import load_mask, pruned_count
@@ -44,13 +44,19 @@ SUPPORTED = {
     "Cohere2": SMALL | NO_PADDING | {"sliding_window": 8},
     "GPTNeoX": OLD | NO_ENDS | {"intermediate_size": 128},
 }
-NOT_QUANTIZED = {
-    "GPT2": {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128} | NO_ENDS,
+MIXTURES = {
     "Mixtral": SMALL | {"num_local_experts": 4},
     "Qwen3Moe": SMALL | {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_experts": 8},
-    "GraniteMoe": SMALL | {"num_local_experts": 4, "logits_scaling": 8.0},
-    "GptOss": SMALL | NO_PADDING | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
 }
+# what the error of the quantize stage begins with
+NO_LINEAR = "model_dir must keep the matrices of its blocks in nn.Linear or experts of transformers to be quantized; "
+ALL_IN_ONE = "model_dir must store each expert's matrices by themselves to be quantized; "
+NOT_QUANTIZED = {
+    "GPT2": ({"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128} | NO_ENDS, NO_LINEAR),
+    "GraniteMoe": (SMALL | {"num_local_experts": 4, "logits_scaling": 8.0}, ALL_IN_ONE),
+    "GptOss": (SMALL | NO_PADDING | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}, ALL_IN_ONE),
+}
+ALL = SUPPORTED | MIXTURES | {name: settings for name, (settings, _) in NOT_QUANTIZED.items()}
 
 
 def save(folder, name, settings):
@@ -94,9 +100,9 @@ def check_sparse(folder, mask):
         assert torch.equal(weights[name] != 0, kept), name
 
 
-@pytest.mark.parametrize("name", SUPPORTED | NOT_QUANTIZED)
+@pytest.mark.parametrize("name", ALL)
 def test_a_supported_architecture_passes_through_all_stages(tmp_path, evaluation, name):
-    save(tmp_path / "dense", name, (SUPPORTED | NOT_QUANTIZED)[name])
+    save(tmp_path / "dense", name, ALL[name])
     before = plain_perplexity(tmp_path / "dense", evaluation)
     assert abs(before - 256) > 1  # far from that of uniform predictions
     pruned = prune(prune_settings(tmp_path, evaluation, idle_experts="magnitude"))
@@ -118,14 +124,33 @@ def test_a_supported_architecture_passes_through_all_stages(tmp_path, evaluation
     places = {"model_dir": str(tmp_path / "distilled"), "mask_file": str(tmp_path / "pruned")}
     config = QuantizeConfig(**places, output_dir=str(tmp_path / "int8"), **evaluation)
     if name in NOT_QUANTIZED:
-        with pytest.raises(ValueError, match="^model_dir must keep the matrices of its blocks in nn.Linear layers to be quant"):
+        with pytest.raises(ValueError, match=f"^{NOT_QUANTIZED[name][1]}"):
             quantize(config)
         assert not (tmp_path / "int8").exists()
         return
     quantized = quantize(config)
     assert quantized.measured["perplexity"] == pytest.approx(distilled.measured["perplexity"], rel=0.02)
+    assert quantized.measured["engine"] == ("compressed-tensors" if name in MIXTURES else "optimum-quanto")
     again = evaluate(EvaluateConfig(model_dir=str(tmp_path / "int8"), **evaluation))
     assert again.measured["perplexity"] == pytest.approx(quantized.measured["perplexity"], rel=1e-4)
+
+
+def test_experts_are_quantized_to_integers_alone(tmp_path, evaluation):
+    save(tmp_path / "dense", "Mixtral", MIXTURES["Mixtral"])
+    places = {"model_dir": str(tmp_path / "dense"), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match="^format must be int8 for a model with experts, got fp8: optimum-quanto would"):
+        quantize(QuantizeConfig(**places, format="fp8", **evaluation))
+    record = quantize(QuantizeConfig(**places, **evaluation))
+    dequantize = CompressedTensorsConfig(dequantize=True)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=dequantize).state_dict()
+    for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict().items():
+        if name.endswith("_proj") or "self_attn" in name:
+            allowed = weight.abs().amax(-1, keepdim=True) * 0.51 / 127
+            assert ((found[name] - weight).abs() <= allowed).all(), name
+            assert not torch.equal(found[name], weight)
+        else:
+            assert torch.equal(found[name], weight), name
+    assert record.measured["dense_weights"] == 2 * 4 * 64  # what chooses among the experts
 
 
 def test_linear_layers_outside_the_blocks_are_reported(tmp_path, evaluation, capsys):
