@@ -53,6 +53,11 @@ def matrices(module: nn.Module) -> dict[str, Matrix]:
     return found
 
 
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Name → weight matrix, a view [out, in] that can be written to."""
+    return {name: matrix.of(module.get_parameter(matrix.parameter).data) for name, matrix in matrices(module).items()}
+
+
 def stacks(module: nn.Module) -> dict[str, Tensor]:
     """Name → parameter of a module that has a matrix for each expert of a mixture; transformers tells how they are stored."""
     if not isinstance(getattr(module, "is_transposed", None), bool):

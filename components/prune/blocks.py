@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.core.blocks import Matrix, is_named, matrices
+from components.core.blocks import Matrix, is_named, matrices, weights_of
 from components.core.checkpoint.saving import parameters_outside, part_file, save_tensors
 from components.core.mask.integrity import enforce, integrity
 from components.core.mask.mask import Mask, save_mask_part
@@ -177,12 +177,6 @@ class Layers:
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def weight_of(block: nn.Module, name: str) -> Tensor:
-    """A matrix of a block, as a view [out, in] of its parameter."""
-    matrix = matrices(block)[name]
-    return matrix.of(block.get_parameter(matrix.parameter).data)
-
-
 def parameter_masks(block: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Name of a parameter → bool mask of its shape, from the masks [out, in] of its matrices."""
     made: dict[str, Tensor] = {}
@@ -196,7 +190,7 @@ def parameter_masks(block: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, 
 def prune_groups(block: nn.Module, groups: list[Group], layers: Layers, prefix: str, config: PruneConfig) -> None:
     """Prune groups of a block's matrices in place, each in its process, and add them to `layers` in all."""
     measured: dict[str, dict[str, Any]] = {}
-    weights = {name: weight_of(block, name) for group in groups for name in group.names}
+    weights = weights_of(block)
     with together():
         for group in groups:
             if group.process != rank():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from components.core.blocks import matrices
+from components.core.blocks import matrices, weights_of
 from components.core.processes import add_up, from_all, process_count, rank, together
 from components.core.walk.stream import Batch, run_block
 
@@ -46,7 +46,9 @@ class Products(TorchFunctionMode):
         self.calls: list[Call] = []
         self.may_stop = may_stop
         found = matrices(block)
-        self.places = {found[name].of(block.get_parameter(found[name].parameter)).data_ptr(): name for name in names}
+        self.names = {
+            place_of(matrix.of(block.get_parameter(matrix.parameter))): name for name, matrix in found.items() if name in names
+        }
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -54,12 +56,18 @@ class Products(TorchFunctionMode):
         """Called for each function of torch: remember a product, before it is computed."""
         if function in PRODUCTS and len(args) > max(PRODUCTS[function]):
             x, weight = (args[place] for place in PRODUCTS[function])
-            name = self.places.get(weight.data_ptr())
+            name = self.names.get(place_of(weight))
             if name is not None:
                 self.calls.append((name, x))
-                if self.may_stop and len(self.calls) == len(self.places):
+                if self.may_stop and len(self.calls) == len(self.names):
                     raise AllSeenError
         return function(*args, **(kwargs or {}))
+
+
+def place_of(weight: Tensor) -> tuple[int, int]:
+    """What tells a matrix from others, if it is the same view or another: its parameter, and where it begins in that."""
+    parameter = weight if weight._base is None else weight._base
+    return id(parameter), int(weight.storage_offset())
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,7 @@ def hessians(block: nn.Module, seen: Observed, what: str, fewest: int = 1, *, re
             and not in another, or a Hessian is not finite.
     """
     found = matrices(block)
-    weights = {name: found[name].of(block.get_parameter(found[name].parameter)) for name in found if name in seen.names}
+    weights = {name: weight for name, weight in weights_of(block).items() if name in seen.names}
     needed = {name: 1 if found[name].expert is None else fewest for name in weights}
     everywhere = from_all((seen.leader, seen.tokens, bool(seen.cross)))
     tokens = Counter[str]()

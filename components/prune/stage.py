@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from components.core import processes
-from components.core.blocks import check_blocks, find_blocks, is_named, layer_names, report_dense, stack_names
+from components.core.blocks import check_blocks, find_blocks, is_named, layer_names, report_dense, stack_names, weights_of
 from components.core.checkpoint.checks import check_dense, check_ids, check_seq_len, inspect_checkpoint
 from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.checkpoint.loading import load_tokenizer
@@ -204,9 +204,9 @@ def check_target(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:
 def check_none_empty(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:
     """Raise ValueError if the sparsity would remove all weights of a matrix."""
     for index, block in enumerate(blocks):
-        prefix = f"{name}.{index}"
-        for inner, matrix in chosen(block, prefix, config).items():
-            size = matrix.of(block.get_parameter(matrix.parameter)).numel()
+        prefix, weights = f"{name}.{index}", weights_of(block)
+        for inner in chosen(block, prefix, config):
+            size = weights[inner].numel()
             if pruned_count(config.sparsity, size) == size:
                 raise ValueError(
                     f"sparsity must leave every matrix a weight, got {config.sparsity}: {prefix}.{inner} has {size}"

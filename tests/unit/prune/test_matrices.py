@@ -5,12 +5,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
-from components.core.blocks import check_blocks, find_blocks, matrices, routing
+from components.core.blocks import check_blocks, find_blocks, matrices, routing, weights_of
 from components.core.checkpoint.loading import load_tokenizer
 from components.core.mask.mask import load_mask, pruned_count
 from components.core.tokens import load_blocks
 from components.prune import stage
-from components.prune.blocks import weight_of
 from components.prune.calibration import hessians, in_order, observe
 from components.prune.layers import relative_error
 from tests.conftest import SMALL, VOCABULARY, save_tiny, tiny_tokenizer
@@ -51,10 +50,10 @@ def plain_hessian(rows):
 def test_a_matrix_is_seen_as_out_by_in_however_it_is_stored():
     block = find_blocks("dense_model", random_model(GPT2))[1][0]
     assert list(matrices(block)) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-    assert weight_of(block, "mlp.c_fc").shape == (256, 64)
+    assert weights_of(block)["mlp.c_fc"].shape == (256, 64)
     block = find_blocks("dense_model", random_model(GPT_OSS))[1][0]
-    assert weight_of(block, "mlp.experts.3.gate_up_proj").shape == (256, 64)
-    weight_of(block, "mlp.experts.3.down_proj").zero_()  # a view
+    assert weights_of(block)["mlp.experts.3.gate_up_proj"].shape == (256, 64)
+    weights_of(block)["mlp.experts.3.down_proj"].zero_()  # a view
     assert [bool(expert.any()) for expert in block.mlp.experts.down_proj] == [True, True, True, False]
 
 
@@ -78,7 +77,7 @@ def test_the_hessian_of_an_expert_is_that_of_the_tokens_routed_to_it(config):
     counts = []
     for expert in range(4):
         rows = hidden[(chosen == expert).any(1)]
-        gate_up = rows @ weight_of(block, f"mlp.experts.{expert}.gate_up_proj").T
+        gate_up = rows @ weights_of(block)[f"mlp.experts.{expert}.gate_up_proj"].T
         if hasattr(experts, "gate_up_proj_bias"):
             gate_up = gate_up + experts.gate_up_proj_bias[expert]
         for name, x in (("gate_up_proj", rows), ("down_proj", experts._apply_gate(gate_up))):
@@ -139,7 +138,7 @@ def test_the_recorded_error_is_that_of_the_outputs(run, config, method):
     rows = x.flatten(0, 1)
     expected = float((rows @ (other - one).T).square().sum() / (rows @ one.T).square().sum())
     assert entry["relative_error"] == pytest.approx(expected, rel=1e-3)
-    assert weight_of(block, entry["linear"]).shape == one.shape
+    assert weights_of(block)[entry["linear"]].shape == one.shape
     assert relative_error(one, other, plain_hessian(rows)) == pytest.approx(expected, rel=1e-3)
 
 

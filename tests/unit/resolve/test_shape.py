@@ -91,6 +91,12 @@ def test_of_several_lists_the_one_with_the_most_weights_is_the_decoder():
     assert (found.vocabulary, found.width) == (100, 4)
 
 
+def test_experts_in_one_tensor_are_counted_as_if_they_were_stored_one_by_one():
+    other = {"model.embed_tokens.weight": ([100, 4], "F32")}
+    apart = {f"model.layers.0.{expert}.up.weight": ([8, 4], "F32") for expert in range(3)}
+    assert shape_of(other | {"model.layers.0.up": ([3, 8, 4], "F32")}) == shape_of(other | apart)
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
