@@ -27,6 +27,7 @@ from components.core.progress import quiet_bars
 from components.core.reading import read_json
 
 NAME = "compressed-tensors"
+LARGEST = 127  # of the integers
 STACK_SCALE = "_stack_scale"  # of all experts, until `named` takes them apart
 
 
@@ -38,7 +39,7 @@ def settings(exclude: list[str]) -> QuantizationConfig:
 
 
 def quantize(module: nn.Module, format: str, exclude: list[str]) -> None:
-    """Quantize a module's linear layers in place, except those that are excluded. Its `state_dict` is what is stored."""
+    """Quantize a module's linear layers and experts in place, except those that are excluded. `named` tells what is stored."""
     assert format == "int8"
     with quiet_bars():
         apply_quantization_config(module, settings(exclude))
@@ -52,13 +53,15 @@ def quantize(module: nn.Module, format: str, exclude: list[str]) -> None:
             if f"{name}.{kind}" not in exclude:
                 stack_scale = _scale(weights.data)
                 delattr(part, kind)
-                part.register_buffer(kind, (weights.data / stack_scale).round().to(torch.int8))
+                rounded = (weights.data.float() / stack_scale.float()).round().clamp(-LARGEST, LARGEST)
+                part.register_buffer(kind, rounded.to(torch.int8))
                 part.register_buffer(f"{kind}{STACK_SCALE}", stack_scale)
 
 
 def _scale(weight: Tensor) -> Tensor:
-    """Scale [..., out, 1] of a matrix, or of those of several experts [..., out, in]."""
-    return (weight.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-8)
+    """Scale [..., out, 1] of a matrix, or of those of several experts [..., out, in]; 1 for a row of zeros."""
+    scale = weight.abs().amax(-1, keepdim=True) / LARGEST
+    return torch.where(scale == 0, 1, scale)
 
 
 def named(weights: Weights, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
