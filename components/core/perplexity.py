@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from components.core.errors import readable
+from components.core.head import Head
 from components.core.progress import track
 
 TOKENS_PER_FORWARD = 2048
@@ -21,7 +22,7 @@ PROBE_TOKENS = 8
 
 
 @torch.no_grad()
-def decoder_and_head(model: Any, parameter: str = "the model") -> tuple[nn.Module, nn.Linear]:
+def decoder_and_head(model: Any, parameter: str = "the model") -> tuple[nn.Module, Head]:
     """Split a causal language model into its decoder (ids → hidden states) and its head (hidden states → logits).
 
     Args:
@@ -29,27 +30,30 @@ def decoder_and_head(model: Any, parameter: str = "the model") -> tuple[nn.Modul
         parameter: name of the setting that names it, for messages.
 
     Raises:
-        ValueError: there is no head, the logits are not the head applied to the hidden states (soft-capped or scaled), or they
-            depend on later tokens, as those of an encoder do.
+        ValueError: there is no head, the logits are not computed from the decoder's last hidden states alone, or they depend on
+            later tokens, as those of an encoder do.
     """
     kind = type(model).__name__
-    decoder, head = model.base_model, model.get_output_embeddings()
-    if decoder is model or head is None:
+    decoder, last = model.base_model, model.get_output_embeddings()
+    if decoder is model or last is None:
         raise ValueError(f"{parameter} must be a causal language model with a head, got {kind}")
     seen: list[Tensor] = []
     handle = decoder.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
     try:
         with readable(f"{parameter} must be a model that transformers can run, {kind} fails"):
             ids = probe_ids(model)
-            changed = model(input_ids=ids, use_cache=False).logits.float()
+            wanted = model(input_ids=ids, use_cache=False).logits.float()
             if not seen:  # some models call parts of their decoder
                 decoder(input_ids=ids, use_cache=False)
-            hidden = seen[0]
-            logits = head(hidden).float()
     finally:
         handle.remove()
-    if not torch.allclose(logits, changed, rtol=1e-3, atol=1e-3, equal_nan=True):  # NaN is caught in from_mean_loss
-        raise ValueError(f"{parameter} is not supported: {kind} changes its logits after the head (soft cap or scale)")
+    hidden, head = seen[0], Head(model)
+    rule = f"{parameter} must compute its logits from the last hidden states alone, {kind} does not"
+    with readable(rule):
+        found = head(hidden).float()
+    # NaN is caught in from_mean_loss
+    if hidden.shape[-1] != head.weight.shape[1] or not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ValueError(rule)
     if differ(hidden[:1, :-1], hidden[1:, :-1]):
         raise ValueError(f"{parameter} must predict each token from those before it, {kind} looks at later ones")
     return decoder, head
@@ -83,7 +87,7 @@ def perplexity(model: Any, blocks: Tensor, parameter: str = "the model") -> floa
 
 
 @torch.no_grad()
-def block_losses(decoder: nn.Module, head: nn.Linear, blocks: Tensor) -> Tensor:
+def block_losses(decoder: nn.Module, head: Head, blocks: Tensor) -> Tensor:
     """Sum of the losses over each block's predicted tokens, float64 [blocks], on the head's device.
 
     Args:
@@ -100,7 +104,7 @@ def block_losses(decoder: nn.Module, head: nn.Linear, blocks: Tensor) -> Tensor:
     return torch.cat(losses)
 
 
-def token_losses(hidden: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+def token_losses(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
     """Sum of the losses over each row's predicted tokens, float64 [batch].
 
     Args:

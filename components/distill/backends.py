@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from components.core.checkpoint.weights import Weights, return_memory
+from components.core.head import Head
 from components.core.mask.mask import Mask
 from components.core.perplexity import decoder_and_head
 from components.distill.config import DistillConfig
@@ -101,7 +102,7 @@ class SingleProcess:
         """Autocast a forward pass to the compute dtype; weights stay float32."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype is not torch.float32)
 
-    def load(self, model: Any, weights: Weights, trained: Collection[str]) -> tuple[nn.Module, nn.Linear]:
+    def load(self, model: Any, weights: Weights, trained: Collection[str]) -> tuple[nn.Module, Head]:
         """Distribute a model that has no weights yet, and load what this process keeps of them.
 
         Args:

@@ -9,17 +9,20 @@ A vocabulary is about a hundred times wider than the hidden states, so the logit
 hidden states for one chunk of tokens at a time and then discarded. The gradient with respect to the student's hidden states is
 computed in the same pass, in closed form:
 
-    ∂L/∂logits = α · T · (softmax(s/T) − softmax(t/T)) + (1 − α) · (softmax(s) − onehot(label)),   ∂L/∂h = ∂L/∂logits · W
+    ∂L/∂logits = α · T · (softmax(s/T) − softmax(t/T)) + (1 − α) · (softmax(s) − onehot(label))
 
-For the reverse KL, the first term is  α · T · p_s ⊙ (log p_s − log p_t − KL)  instead. The heads are never trained (they are
-outside the mask), so no gradient flows into them. Softmaxes are computed in float32.
+For the reverse KL, the first term is  α · T · p_s ⊙ (log p_s − log p_t − KL)  instead. Autograd takes it from the logits to the
+hidden states, since a head may scale or cap its logits. The heads are never trained (they are outside the mask), so no gradient
+flows into them. Softmaxes are computed in float32.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
+
+from components.core.head import Head
 
 IGNORED = -100  # label of a position that does not count, as in torch's cross entropy
 CHUNK_BYTES = 512 * 2**20  # of all that is computed from a chunk's logits
@@ -33,9 +36,9 @@ def next_token_labels(ids: Tensor) -> Tensor:
 
 def distillation_loss(
     student_hidden: Tensor,
-    student_head: nn.Linear,
+    student_head: Head,
     teacher_hidden: Tensor,
-    teacher_head: nn.Linear,
+    teacher_head: Head,
     labels: Tensor,
     alpha_kd: float,
     temperature: float,
@@ -69,8 +72,8 @@ class _ChunkedLoss(torch.autograd.Function):
         student_hidden: Tensor,
         teacher_hidden: Tensor,
         labels: Tensor,
-        student_head: nn.Linear,
-        teacher_head: nn.Linear,
+        student_head: Head,
+        teacher_head: Head,
         alpha: float,
         temperature: float,
         kl_direction: str,
@@ -84,16 +87,17 @@ class _ChunkedLoss(torch.autograd.Function):
         size = chunk_size(student_head.weight.shape[0])
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
-            logits = student_head(student_hidden[rows])  # [chunk, vocabulary]
-            compute_dtype = logits.dtype
+            with torch.enable_grad():
+                hidden = student_hidden[rows].detach().requires_grad_()
+                logits = student_head(hidden)  # [chunk, vocabulary]
             wanted = labels[rows, None].clamp(min=0)
             logits_gradient, kd_rows, ce_rows = chunk_loss(
-                logits.float(), teacher_head(teacher_hidden[rows]).float(), wanted, alpha, temperature, kl_direction
+                logits.detach().float(), teacher_head(teacher_hidden[rows]).float(), wanted, alpha, temperature, kl_direction
             )
             kd += kd_rows @ weights[rows]
             ce += ce_rows @ weights[rows]
-            chunk_gradient = (logits_gradient.to(compute_dtype) @ student_head.weight.to(compute_dtype)).float()
-            gradient[rows] = chunk_gradient.mul_(weights[rows, None])
+            (chunk_gradient,) = torch.autograd.grad(logits, hidden, logits_gradient.to(logits.dtype))
+            gradient[rows] = chunk_gradient.float().mul_(weights[rows, None])
         count = weights.sum().clamp(min=1)
         ctx.save_for_backward(gradient.div_(count))
         ctx.hidden_dtype = student_hidden.dtype

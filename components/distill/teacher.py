@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from components.core import processes
 from components.core.checkpoint.loading import load_model, open_model
+from components.core.head import Head
 from components.core.locks import LOCK, turn
 from components.core.perplexity import decoder_and_head
 from components.core.progress import log
@@ -34,7 +35,7 @@ class Teacher:
         cache: the states, or None to compute them each time.
     """
 
-    def __init__(self, blocks: Tensor, head: nn.Linear, decoder: nn.Module | None, cache: Cache | None) -> None:
+    def __init__(self, blocks: Tensor, head: Head, decoder: nn.Module | None, cache: Cache | None) -> None:
         self.blocks, self.head, self.decoder, self.cache = blocks, head, decoder, cache
         self.device = head.weight.device
 
@@ -97,7 +98,7 @@ def compute_states(
     dtype: torch.dtype,
     device: torch.device,
     trust_remote_code: bool,
-) -> nn.Linear:
+) -> Head:
     """Compute this process's share of the teacher's states that are not in the cache; returns the teacher's head.
 
     Arguments as for `make_teacher`.
@@ -115,8 +116,7 @@ def compute_states(
             what = f"teacher's states, part {number + 1} of {len(missing)}"
             fill(walk, blocks, rows, cache, what)
         with walk.outside():
-            kept: nn.Linear = copy.deepcopy(walk.model.get_output_embeddings())
-            return kept
+            return copy.deepcopy(Head(walk.model))
     except ReplayError as error:
         log(f"the whole teacher is loaded: {error}")
         decoder, head = decoder_and_head(load_model(folder, dtype, device, trust_remote_code), "teacher_model")

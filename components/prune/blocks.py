@@ -7,7 +7,7 @@ import copy
 import functools
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.core.blocks import linears
+from components.core.blocks import Matrix, is_named, matrices, weights_of
 from components.core.checkpoint.saving import parameters_outside, part_file, save_tensors
 from components.core.device import fast_dtype
 from components.core.mask.integrity import enforce, integrity
 from components.core.mask.mask import Mask, save_mask_part
 from components.core.perplexity import from_losses
 from components.core.processes import from_all, is_main, process_count, rank, spread, together
-from components.core.progress import track
+from components.core.progress import log, track
 from components.core.walk.stream import Batch, Stream
 from components.core.walk.walk import Walk
 from components.core.walk.work import SharedWork
 from components.prune.calibration import Group, hessians, in_order, observe
 from components.prune.config import PruneConfig
-from components.prune.layers import prune_layers
+from components.prune.layers import prune_idle, prune_layers
 from components.prune.recipe import recipe_of
 from components.prune.reconstruct import reconstruct
 
@@ -68,9 +68,9 @@ def prune_model(
 
     Args:
         walk: the dense model.
-        work: has, for each finished block, `layers` (one entry per linear layer: name, block, linear, shape, sparsity, seconds,
-            and what `prune_layers` has measured), `sparse_integrity_check`, and `reconstruction`, the error of a block that was
-            trained before and after.
+        work: has, for each finished block, `layers` (one entry per matrix: name, block, linear, shape, sparsity, seconds,
+            tokens, and what `prune_layers` has measured), `shapes` (of the masked parameters, by name),
+            `sparse_integrity_check`, and `reconstruction`, the error of a block that was trained before and after.
         calibration: ids [nsamples, seq_len].
         evaluation: ids [blocks, seq_len], or None.
         config: the stage's settings.
@@ -124,30 +124,32 @@ def share(rows: Tensor) -> Tensor:
 
 
 def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: Path, config: PruneConfig) -> dict[str, Any]:
-    """Prune a block's linear layers, write them with their mask, and let the texts go through; returns the block's result."""
+    """Prune a block's matrices, write them with their mask, and let the texts go through; returns the block's result."""
     prefix, recipe = f"{walk.name}.{index}", recipe_of(config)
     with together():
         dense = copy.deepcopy(block) if recipe.target == "dense" else None
         for text in (texts.dense, texts.reference):
             if text:
                 walk.advance(text, index)
-    layers = Layers()
-    steps = [[*linears(block)]]
+    layers, pruned = Layers(), chosen(block, prefix, config)
+    steps = [[*pruned]] if pruned else []
     if recipe.order == "sequential":
-        steps = in_order(block, texts.calibration.batches(index, walk.device))
+        steps = in_order(block, texts.calibration.batches(index, walk.device), pruned)
     for names in steps:
         with together():
             pairs = (dense, texts.reference.batches(index, walk.device)) if dense and texts.reference else None
             observed = observe(block, texts.calibration.batches(index, walk.device), names, pairs)
-        prune_groups(block, hessians(block, observed, prefix), layers, prefix, config)
+        refuses = config.idle_experts == "refuse"
+        groups = hessians(block, observed, prefix, config.expert_tokens, refuses=refuses)
+        prune_groups(block, groups, layers, prefix, config)
     result: dict[str, Any] = {}
-    if recipe.reconstruct == "block" and texts.reference:
+    masks = parameter_masks(block, layers.masks)
+    if recipe.reconstruct == "block" and texts.reference and masks:
         examples = functools.partial(targets, walk, index, texts.calibration, texts.reference)
-        masks = {f"{name}.weight": mask for name, mask in layers.masks.items()}
         before, after = reconstruct(block, examples, masks, epochs=recipe.reconstruct_epochs)
         result["reconstruction"] = {"error_before": before, "error_after": after}
     with together():
-        kept = {f"{prefix}.{name}.weight": layers.masks[name].cpu() for name in linears(block)}
+        kept = {f"{prefix}.{name}": mask.cpu() for name, mask in masks.items()}
         state = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
         check = integrity(state, Mask(kept, config.pattern, config.sparsity))
         enforce(check)
@@ -157,43 +159,66 @@ def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: 
         for text in (texts.calibration, texts.pruned):
             if text:
                 walk.advance(text, index)
-    where = {name: {"name": f"{prefix}.{name}.weight", "block": index, "linear": name} for name in linears(block)}
+    where = {name: {"name": f"{prefix}.{name}.weight", "block": index, "linear": name} for name in pruned}
     measured = [place | layers.measured[name] for name, place in where.items()]
-    return result | {"layers": measured, "sparse_integrity_check": check}
+    shapes = {name: list(mask.shape) for name, mask in kept.items()}
+    return result | {"layers": measured, "shapes": shapes, "sparse_integrity_check": check}
+
+
+def chosen(block: nn.Module, prefix: str, config: PruneConfig) -> dict[str, Matrix]:
+    """The matrices of a block that are pruned: all but those that `ignore` names."""
+    ignored = config.ignored()
+    return {name: matrix for name, matrix in matrices(block).items() if not is_named(f"{prefix}.{matrix.layer}", ignored)}
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of a block that are pruned: name → mask [out, in], and name → what is to be known."""
+    """The matrices of a block that are pruned: name → mask [out, in], and name → what is to be known."""
 
     masks: dict[str, Tensor] = field(default_factory=dict)
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+def parameter_masks(block: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name of a parameter → bool mask of its shape, from the masks [out, in] of its matrices."""
+    made: dict[str, Tensor] = {}
+    for name, matrix in matrices(block).items():
+        if name in masks:
+            weight = block.get_parameter(matrix.parameter)
+            matrix.of(made.setdefault(matrix.parameter, torch.ones_like(weight, dtype=torch.bool))).copy_(masks[name])
+    return made
+
+
 def prune_groups(block: nn.Module, groups: list[Group], layers: Layers, prefix: str, config: PruneConfig) -> None:
-    """Prune groups of a block's layers in place, each in its process, and add them to `layers` in all."""
+    """Prune groups of a block's matrices in place, each in its process, and add them to `layers` in all."""
     measured: dict[str, dict[str, Any]] = {}
+    weights = weights_of(block)
     with together():
         for group in groups:
-            if group.hessian is None:
+            if group.process != rank():
                 continue
             start = time.monotonic()
-            weights = [block.get_parameter(f"{name}.weight").data for name in group.names]
+            dense = [weights[name] for name in group.names]
             what = ", ".join(f"{prefix}.{name}" for name in group.names)
-            found = prune_layers(weights, group.hessian, config, what, group.cross)
+            if group.hessian is None:
+                log(f"{what} saw {group.tokens} calibration tokens, and is pruned by magnitude", by_any=True)
+                found = prune_idle(dense, config)
+            else:
+                found = prune_layers(dense, group.hessian, config, what, group.cross)
             seconds = round((time.monotonic() - start) / len(group.names), 4)
-            for name, weight, pruned in zip(group.names, weights, found, strict=True):
-                weight.copy_(pruned.weight)
+            for name, pruned in zip(group.names, found, strict=True):
+                weights[name].copy_(pruned.weight)
                 layers.masks[name] = pruned.mask
                 sparsity = 1 - int(pruned.mask.sum()) / pruned.mask.numel()
-                known = {"shape": list(pruned.mask.shape), "sparsity": sparsity, "seconds": seconds}
+                known = {"shape": list(pruned.mask.shape), "sparsity": sparsity, "seconds": seconds, "tokens": group.tokens}
                 measured[name] = known | pruned.measured
     for group in groups:
         for name in group.names:
-            weight = block.get_parameter(f"{name}.weight").data
             if name not in layers.masks:  # pruned elsewhere
-                layers.masks[name] = torch.empty_like(weight, dtype=torch.bool)
-            spread(weight, group.process)
+                layers.masks[name] = torch.empty_like(weights[name], dtype=torch.bool, memory_format=torch.contiguous_format)
+            whole = weights[name].contiguous()  # of a matrix that is stored as [in, out], a copy
+            spread(whole, group.process)
+            weights[name].copy_(whole)
             spread(layers.masks[name], group.process)
     for found_by_one in from_all(measured):
         layers.measured.update(found_by_one)

@@ -1,4 +1,4 @@
-"""Hessians of a block's linear layers, accumulated while calibration text runs through the block."""
+"""Hessians of a block's matrices, accumulated while calibration text runs through the block."""
 
 import contextlib
 import itertools
@@ -10,30 +10,78 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-from components.core.blocks import linears
+from components.core.blocks import matrices, weights_of
 from components.core.processes import add_up, from_all, process_count, rank, together
 from components.core.walk.stream import Batch, run_block
 
 PIECE = 256  # columns
+# how models multiply their inputs by a matrix → the places of these two among the arguments
+PRODUCTS = {functional.linear: (0, 1), torch.addmm: (1, 2), torch.matmul: (0, 1), Tensor.matmul: (0, 1)}
+
+
+Call = tuple[str, Tensor]  # a matrix's name, and its input [batch, seq_len, in] or [tokens, in]
 
 
 class AllSeenError(Exception):
-    """Every layer that is observed has been called, so what the block does after it is not needed."""
+    """Every matrix that is observed has been used, so what the block does after it is not needed."""
+
+
+class Products(TorchFunctionMode):
+    """Notices the products with some matrices, while it is entered.
+
+    So all kinds are seen alike: those of an `nn.Linear`, of a Conv1D, and of an expert of a mixture, whose matrix is a part of
+    a parameter, and which is given the tokens that are routed to it.
+
+    Args:
+        block: the block that has the matrices.
+        names: which of them.
+        may_stop: whether to end, by `AllSeenError`, when each has been used.
+    """
+
+    def __init__(self, block: nn.Module, names: Collection[str], may_stop: bool) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.may_stop = may_stop
+        found = matrices(block)
+        self.names = {
+            place_of(matrix.of(block.get_parameter(matrix.parameter))): name for name, matrix in found.items() if name in names
+        }
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called for each function of torch: remember a product, before it is computed."""
+        if function in PRODUCTS and len(args) > max(PRODUCTS[function]):
+            x, weight = (args[place] for place in PRODUCTS[function])
+            name = self.names.get(place_of(weight))
+            if name is not None:
+                self.calls.append((name, x))
+                if self.may_stop and len(self.calls) == len(self.names):
+                    raise AllSeenError
+        return function(*args, **(kwargs or {}))
+
+
+def place_of(weight: Tensor) -> tuple[int, int]:
+    """What tells a matrix from others, if it is the same view or another: its parameter, and where it begins in that."""
+    parameter = weight if weight._base is None else weight._base
+    return id(parameter), int(weight.storage_offset())
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What a block's linear layers have seen.
+    """What a block's matrices have seen.
 
-    Layers that receive the same tensor object (q, k, v; gate, up) are led by the first of them, and have one entry for all.
+    Matrices that receive the same tensor object (q, k, v; gate, up) are led by the first of them, and have one entry for all.
 
     Attributes:
-        names: the layers that are observed.
-        leader: linear → the linear that leads it; those that saw nothing have none.
+        names: the matrices that are observed.
+        leader: matrix → the one that leads it; those that saw nothing have none.
         tokens: leader → number of tokens.
         sums: leader → Σ xᵀx over these tokens, float32 [in, in], of which what `mirror` makes is left out.
-        cross: leader → Σ dᵀx, float32 [in, in], for the inputs d of the layer in the dense model, if they are observed too.
+        cross: leader → Σ dᵀx, float32 [in, in], for the inputs d of the matrix in the dense model, if they are observed too.
     """
 
     names: Collection[str]
@@ -45,37 +93,35 @@ class Observed:
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers with the same inputs.
+    """Matrices with the same inputs.
 
     Attributes:
-        names: the layers.
+        names: of the matrices.
         process: the number of the process that prunes them.
-        hessian: float32 [in, in], that of each layer's squared output error; only in that process.
+        tokens: how many they have seen.
+        hessian: float32 [in, in], that of each matrix's squared output error; only in that process, and of enough tokens.
         cross: float32 [in, in], see `Observed`, scaled as the Hessian is; None if it is not observed.
     """
 
     names: list[str]
     process: int
+    tokens: int
     hessian: Tensor | None
     cross: Tensor | None
 
 
-Call = tuple[str, Tensor]  # a linear layer's name, and its input [batch, seq_len, in] or [tokens, in]
+def in_order(block: nn.Module, batches: Iterable[Batch], names: Collection[str]) -> list[list[str]]:
+    """Some of a block's matrices in steps, each of which has those that do not depend on each other; all processes call this.
 
-
-def in_order(block: nn.Module, batches: Iterable[Batch]) -> list[list[str]]:
-    """A block's linear layers in steps, each of which has those that do not depend on each other; all processes call this.
-
-    Layers with the same input are in one step, and so are those whose names differ in a number alone, as in the experts of a
-    mixture. The steps are in the order of the calls in the first batch; layers that it does not call come last.
+    Matrices with the same input are in one step, and so are those whose names differ in a number alone, as in the experts of a
+    mixture. The steps are in the order of use in the first batch; matrices that it does not use come last.
     """
-    layers = linears(block)
-    calls = calls_of(block, layers, next(iter(batches)), may_stop=False)
+    calls = calls_of(block, names, next(iter(batches)), may_stop=False)
     kinds = [sorted({_kind(other) for other, tensor in calls if tensor is x}) for _, x in calls]
     steps: list[list[str]] = []
-    for kind in (*from_all(kinds)[0], sorted({_kind(name) for name in layers})):
+    for kind in (*from_all(kinds)[0], sorted({_kind(name) for name in names})):
         done = {name for step in steps for name in step}
-        if step := [name for name in layers if _kind(name) in kind and name not in done]:
+        if step := [name for name in names if _kind(name) in kind and name not in done]:
             steps.append(step)
     return steps
 
@@ -87,31 +133,17 @@ def _kind(name: str) -> str:
 
 @torch.no_grad()
 def calls_of(block: nn.Module, names: Collection[str], batch: Batch, may_stop: bool) -> list[Call]:
-    """Run a block, and return the calls of some of its linear layers in their order.
+    """Run a block, and return the products with some of its matrices in their order.
 
     Args:
         block: the block.
-        names: the layers.
+        names: the matrices.
         batch: what goes into the block.
-        may_stop: whether to end when all have been called.
+        may_stop: whether to end when all have been used.
     """
-    calls: list[Call] = []
-
-    def hook(name: str) -> Any:
-        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            calls.append((name, args[0]))
-            if may_stop and len(calls) == len(names):
-                raise AllSeenError
-
-        return keep
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in linears(block).items() if name in names]
-    try:
-        with contextlib.suppress(AllSeenError):
-            run_block(block, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.suppress(AllSeenError), Products(block, names, may_stop) as products:
+        run_block(block, batch)
+    calls: list[Call] = products.calls
     return calls
 
 
@@ -122,18 +154,18 @@ def observe(
     names: Collection[str] | None = None,
     dense: tuple[nn.Module, Iterable[Batch]] | None = None,
 ) -> Observed:
-    """Run this process's text through a block, and add up what its linear layers see.
+    """Run this process's text through a block, and add up what its matrices see.
 
     Args:
         block: the block.
         batches: what goes into the block.
-        names: the layers to observe; None = all.
+        names: the matrices to observe; None = all.
         dense: the dense block and what goes into it, batch for batch the same text.
 
     Raises:
-        ValueError: layers have the same input in one batch, and not in another, or see other tokens than in the dense model.
+        ValueError: matrices have the same input in one batch, and not in another, or see other tokens than in the dense model.
     """
-    names = linears(block).keys() if names is None else names
+    names = matrices(block).keys() if names is None else names
     seen, may_stop = Observed(names), False
     others: Iterable[Batch | None] = dense[1] if dense else itertools.repeat(None)
     for batch, other in zip(batches, others):  # noqa: B905 (the one that repeats has no end)
@@ -165,53 +197,61 @@ def _add(seen: Observed, name: str, x: Tensor, dense: Tensor | None) -> None:
         seen.cross.setdefault(name, torch.zeros_like(seen.sums[name])).addmm_(dense.reshape(rows.shape).float().T, rows)
 
 
-def hessians(block: nn.Module, seen: Observed, what: str) -> list[Group]:
-    """Linear layers of a block by their inputs, with the Hessians of those that this process prunes; all processes call this.
+def hessians(block: nn.Module, seen: Observed, what: str, fewest: int = 1, *, refuses: bool = True) -> list[Group]:
+    """Matrices of a block by their inputs, with the Hessians of those that this process prunes; all processes call this.
 
     H = 2/n · Σ xᵀx over the calibration tokens of all processes (SparseGPT, eq. 1).
 
     Args:
         block: the block.
-        seen: what its layers have seen in this process.
+        seen: what its matrices have seen in this process.
         what: the block's name, for messages.
+        fewest: calibration tokens of which the Hessian of an expert is made; that of another matrix takes one.
+        refuses: whether a matrix that has seen fewer is an error; otherwise its group has no Hessian in any process.
 
     Raises:
-        ValueError: a layer saw no tokens (an expert that none were routed to), layers have the same input in one process and
-            not in another, or a Hessian is not finite.
+        ValueError: a matrix saw too few tokens (an expert that few were routed to), matrices have the same input in one process
+            and not in another, or a Hessian is not finite.
     """
-    layers = {name: layer for name, layer in linears(block).items() if name in seen.names}
+    found = matrices(block)
+    weights = {name: weight for name, weight in weights_of(block).items() if name in seen.names}
+    needed = {name: 1 if found[name].expert is None else fewest for name in weights}
     everywhere = from_all((seen.leader, seen.tokens, bool(seen.cross)))
     tokens = Counter[str]()
     led: dict[str, list[str]] = {}
     with together():
         for _, counts, _ in everywhere:
             tokens.update(counts)
-        for name in layers:
-            leaders = {leader[name] for leader, *_ in everywhere if name in leader}
-            if not leaders:
-                raise ValueError(
-                    f"nsamples must be large enough for every layer to see a token, {what} {name} saw none; "
-                    "if more do not help, dense_model never uses it and cannot be pruned"
-                )
+        for name in weights:
+            leaders = {leader[name] for leader, *_ in everywhere if name in leader} or {name}
             if len(leaders) > 1:
                 raise ValueError(f"dense_model must give {name} the same input as {' and '.join(leaders)} in every batch")
-            led.setdefault(leaders.pop(), []).append(name)
-    widths = {leader: (layers[leader].in_features, sum(layers[name].out_features for name in led[leader])) for leader in led}
+            leader = leaders.pop()
+            if refuses and tokens[leader] < needed[name]:
+                raise ValueError(
+                    f"nsamples must be large enough for {what}.{name} to see at least {needed[name]} of the tokens, "
+                    f"it saw {tokens[leader]}; with idle_experts magnitude it is pruned without"
+                )
+            led.setdefault(leader, []).append(name)
+    widths = {leader: (weights[leader].shape[1], sum(len(weights[name]) for name in led[leader])) for leader in led}
     # a factorisation of the Hessian, and a pass over the weights in which each column changes all later ones
     processes = divide([width**3 + width**2 * out for width, out in widths.values()], process_count())
     groups = []
     for (leader, names), process in zip(led.items(), processes, strict=True):
         width, _ = widths[leader]
+        if tokens[leader] < needed[leader]:
+            groups.append(Group(names, process, tokens[leader], None, None))
+            continue
         total = seen.sums.pop(leader, None)
         if total is None:  # tokens were routed there in other processes only
-            total = torch.zeros(width, width, device=layers[leader].weight.device)
+            total = torch.zeros(width, width, device=weights[leader].device)
         add_up(total, process)
         cross = None
         if any(crossed for *_, crossed in everywhere):
             cross = seen.cross.pop(leader, None)
             cross = torch.zeros_like(total) if cross is None else cross
             add_up(cross, process)
-        groups.append(Group(names, process, *((total, cross) if process == rank() else (None, None))))
+        groups.append(Group(names, process, tokens[leader], *((total, cross) if process == rank() else (None, None))))
     with together():
         for leader, group in zip(led, groups, strict=True):
             if group.hessian is not None:

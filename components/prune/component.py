@@ -21,6 +21,8 @@ def prune(
     target: str,
     swaps: int,
     reconstruct: str,
+    ignore: str,
+    idle_experts: str,
     nsamples: int,
     seq_len: int,
     eval_blocks: int,

@@ -1,10 +1,12 @@
 """Settings of the prune stage."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from components.core.checks import check_above, check_at_least, check_not_empty, check_one_of, parse_pattern
 from components.core.corpus import WIKITEXT2, check_data, check_held_out
+from components.core.errors import shown
 from components.core.files import check_new
 from components.core.models import check_model_id
 from components.core.settings import INPUT, OUTPUT, CalibrationSettings, DeviceSettings, EvalSettings, ModelSettings
@@ -13,8 +15,11 @@ from components.prune.recipe import AUTO, AUTO_NUMBER, CHOICES, EFFORTS
 NOT_IN_PIPELINES = {
     "damping": "expert setting: a value that is too small is increased automatically, and logged",
     "block_size": "expert setting: it hardly changes the result",
+    "expert_tokens": "expert setting: on layers of SmolLM2-135M, 16 tokens did as well as magnitude, and fewer did worse",
     "reconstruct_epochs": "expert setting: effort has values that were measured",
 }
+IDLE_EXPERTS = ("refuse", "magnitude")
+NAME_PATTERNS = re.compile(r"[\w.*?-]+(,[\w.*?-]+)*", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,14 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
     """What is added to an entry of the Hessian's diagonal, as a fraction of the entry or, if that is larger, of the median."""
     block_size: int = 128
     """Number of columns whose mask is chosen together (SparseGPT's lazy batch)."""
+    ignore: str = ""
+    """Layers to leave dense: their names in the model, separated by commas, in which * stands for anything, such as
+    *.self_attn.*; empty = none."""
+    idle_experts: str = "refuse"
+    """What becomes of an expert of a mixture that sees fewer calibration tokens than expert_tokens: `refuse` ends the run,
+    `magnitude` prunes the expert by magnitude alone; the log and the record name it."""
+    expert_tokens: int = 16
+    """Fewest calibration tokens of which the Hessian of an expert is made."""
     nproc_per_node: int = 1
     """Processes to start, one per GPU; they share the calibration blocks and the layers. At most nsamples."""
 
@@ -64,6 +77,10 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
         if self.reconstruct_epochs != AUTO_NUMBER:
             check_at_least("reconstruct_epochs", self.reconstruct_epochs, 1)
         check_at_least("block_size", self.block_size, 1)
+        if self.ignore and not NAME_PATTERNS.fullmatch(self.ignore):
+            raise ValueError(f"ignore must be names separated by commas, such as *.self_attn.*, got {shown(self.ignore)}")
+        check_one_of("idle_experts", self.idle_experts, IDLE_EXPERTS)
+        check_at_least("expert_tokens", self.expert_tokens, 1)
         check_at_least("nproc_per_node", self.nproc_per_node, 1)
         if self.nproc_per_node > self.nsamples:
             raise ValueError(f"nproc_per_node must be at most nsamples = {self.nsamples}, got {self.nproc_per_node}")
@@ -74,10 +91,14 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
         if n_of_m and self.block_size % n_of_m[1]:
             raise ValueError(f"block_size must be a multiple of {n_of_m[1]} for pattern {self.pattern}, got {self.block_size}")
 
+    def ignored(self) -> list[str]:
+        """The patterns of `ignore`."""
+        return self.ignore.split(",") if self.ignore else []
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(PruneSettings, DeviceSettings):
-    """Prune the linear layers in a language model's decoder blocks in one shot."""
+    """Prune the weight matrices in a language model's decoder blocks in one shot."""
 
     dense_model: str = field(metadata=INPUT)
     """The model to prune: a folder with a dense checkpoint, a hub id with optional @revision, or builtin:smollm2-135m."""

@@ -108,3 +108,10 @@ def relative_error(dense: Tensor, sparse: Tensor, hessian: Tensor) -> float:
     moved = torch.einsum("oi,oi->", change @ hessian, change)
     whole = torch.einsum("oi,oi->", dense @ hessian, dense)
     return float(moved.clamp_min(0) / whole.clamp_min(torch.finfo(torch.float32).tiny))  # rounding may make it negative
+
+
+@torch.no_grad()
+def prune_idle(weights: list[Tensor], config: PruneSettings) -> list[Pruned]:
+    """Prune matrices [out, in] that have seen too few tokens for a Hessian: by magnitude, which their record says."""
+    found = magnitude(weights, config.sparsity, parse_pattern(config.pattern))
+    return [Pruned(weight, mask, {"fallback": "magnitude"}) for weight, mask in found]

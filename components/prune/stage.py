@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from components.core import processes
-from components.core.blocks import check_blocks, find_blocks, linears, report_dense
+from components.core.blocks import check_blocks, find_blocks, is_named, layer_names, report_dense, stack_names, weights_of
 from components.core.checkpoint.checks import check_dense, check_ids, check_seq_len, inspect_checkpoint
 from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.checkpoint.loading import load_tokenizer
 from components.core.checkpoint.saving import finish_checkpoint, part_file
 from components.core.checks import parse_pattern
 from components.core.device import fast_dtype, pick_device, pick_dtype
+from components.core.errors import shown
 from components.core.files import check_new, check_room, resumable_directory, sample_fingerprint
 from components.core.history import StageRecord, Stopwatch, stats_file, versions, write_history
 from components.core.mask.file import MASK_FILE
@@ -28,7 +29,7 @@ from components.core.settings import affecting, flags_of
 from components.core.tokens import TokenBlocks, count_overlaps, id_fingerprint, load_blocks
 from components.core.walk.walk import Walk
 from components.core.walk.work import SharedWork, work_key
-from components.prune.blocks import mask_part, prune_model
+from components.prune.blocks import chosen, mask_part, prune_model
 from components.prune.config import PruneConfig
 from components.prune.recipe import recipe_of
 
@@ -82,6 +83,7 @@ def prune(config: PruneConfig, folder: Path, model_config: Any, device: torch.de
             result.measured["overlapping_eval_blocks"] = overlapping
         dtype = pick_dtype(config.dtype, device, folder)
         walk = Walk("dense_model", folder, dtype, device, config.trust_remote_code)
+        walk.model.set_experts_implementation("eager")  # a product for each expert, which `calibration` can observe
     ids = [calibration.ids, *([evaluation.ids] if evaluation else [])]
     with contextlib.ExitStack() as stack:
         place: Path | None = None
@@ -105,10 +107,12 @@ def prune(config: PruneConfig, folder: Path, model_config: Any, device: torch.de
             result.measured |= measured | {"perplexity_text": evaluation.fingerprint()}
         with processes.together():
             layers = [layer for block in work.results for layer in block["layers"]]
-            shapes = {layer["name"]: layer.pop("shape") for layer in layers}
+            shapes = {name: shape for block in work.results for name, shape in block["shapes"].items()}
             result.details["layers"] = layers
             result.measured |= report_dense(walk.model, shapes)
-            result.measured["sparsity"] = total_sparsity(layers, shapes)
+            if idle := sum("fallback" in layer for layer in layers):
+                result.measured["idle_matrices"] = idle
+            result.measured["sparsity"] = total_sparsity(layers)
             checks = [block["sparse_integrity_check"] for block in work.results]
             result.sparse_integrity_check = combined(checks, result.measured["sparsity"])
             if processes.is_main():
@@ -150,9 +154,9 @@ def depends_on(config: PruneConfig, folder: Path, ids: list[Tensor], walk: Walk)
     }
 
 
-def total_sparsity(layers: list[dict[str, Any]], shapes: dict[str, list[int]]) -> float:
-    """Share of zeros over all layers."""
-    sizes = [math.prod(shapes[layer["name"]]) for layer in layers]
+def total_sparsity(layers: list[dict[str, Any]]) -> float:
+    """Share of zeros over all matrices; takes their shapes out of their entries."""
+    sizes: list[int] = [math.prod(layer.pop("shape")) for layer in layers]
     zeros: int = sum(round(layer["sparsity"] * size) for layer, size in zip(layers, sizes, strict=True))
     return zeros / sum(sizes)
 
@@ -170,18 +174,40 @@ def check_model(config: PruneConfig, folder: Path) -> Any:
         check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
     n_of_m = parse_pattern(config.pattern)
     name, blocks = find_blocks("dense_model", empty)
-    check_blocks("dense_model", name, blocks, n_of_m[1] if n_of_m else 1)
+    check_blocks("dense_model", name, blocks, n_of_m[1] if n_of_m else 1, config.ignored())
+    check_ignore(config, name, blocks)
+    check_target(config, name, blocks)
     check_none_empty(config, name, blocks)
     check_new("output_dir", config.output_dir, weight_bytes(folder))
     return model_config
 
 
+def check_ignore(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:
+    """Raise ValueError if a pattern of `ignore` names no layer of the blocks, or the patterns together name all of them."""
+    layers = [f"{name}.{index}.{inner}" for index, block in enumerate(blocks) for inner in layer_names(block)]
+    for pattern in config.ignored():
+        if not any(is_named(layer, [pattern]) for layer in layers):
+            raise ValueError(f"ignore must name layers of {name}, such as {layers[0]}, got {shown(pattern)}")
+    if not any(chosen(block, f"{name}.{index}", config) for index, block in enumerate(blocks)):
+        raise ValueError(f"ignore must leave something to prune, got {shown(config.ignore)}")
+
+
+def check_target(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:
+    """Raise ValueError if the outputs of a dense model are to be reproduced that routes its tokens to experts.
+
+    A token may be routed to another expert after pruning, which has no output for it in the dense model.
+    """
+    if any(map(stack_names, blocks)) and recipe_of(config).target == "dense":
+        raise ValueError(f"target must be pruned for a model that routes its tokens, got dense: {name} has experts")
+
+
 def check_none_empty(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:
     """Raise ValueError if the sparsity would remove all weights of a matrix."""
     for index, block in enumerate(blocks):
-        for linear, layer in linears(block).items():
-            if pruned_count(config.sparsity, layer.weight.numel()) == layer.weight.numel():
+        prefix, weights = f"{name}.{index}", weights_of(block)
+        for inner in chosen(block, prefix, config):
+            size = weights[inner].numel()
+            if pruned_count(config.sparsity, size) == size:
                 raise ValueError(
-                    f"sparsity must leave every matrix a weight, got {config.sparsity}: {name}.{index}.{linear} has "
-                    f"{layer.weight.numel()}"
+                    f"sparsity must leave every matrix a weight, got {config.sparsity}: {prefix}.{inner} has {size}"
                 )

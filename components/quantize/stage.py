@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.core.blocks import check_blocks, find_blocks, linears, report_dense
+from components.core.blocks import check_blocks, check_quantizable, find_blocks, matrices, report_dense, routing, stack_names
 from components.core.checkpoint.checks import check_dense, check_ids, check_seq_len, inspect_checkpoint
 from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.checkpoint.loading import load_tokenizer, open_model
@@ -45,12 +45,15 @@ def run(config: QuantizeConfig) -> StageRecord:
     device = pick_device(config.gpus)
     model_config, empty = inspect_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
     check_dense("model_dir", config.model_dir, model_config)
-    check_blocks("model_dir", *find_blocks("model_dir", empty))
+    name, blocks = find_blocks("model_dir", empty)
+    has_experts = check_quantizable("model_dir", name, blocks)
+    check_blocks("model_dir", name, blocks)
     mask = load_mask(config.mask_file) if config.mask_file else None
     if mask:
         check_mask(mask, empty)
     check_new("output_dir", config.output_dir, weight_bytes(config.model_dir))
-    engine = pick_engine(config.format, has_code=bool(empty.is_remote_code()))  # type: ignore[operator]
+    has_code = bool(empty.is_remote_code())  # type: ignore[operator]
+    engine = pick_engine(config.format, "experts" if has_experts else "code of its own" if has_code else "")
     tokenizer = load_tokenizer(config.model_dir, config.trust_remote_code)
     evaluation = None
     if not config.skip_ppl_eval:
@@ -61,6 +64,7 @@ def run(config: QuantizeConfig) -> StageRecord:
     dtype, trust = pick_dtype(config.dtype, device, config.model_dir), config.trust_remote_code
     # on the CPU: on a GPU, optimum-quanto repacks float8 weights for its own kernels, so their zeros cannot be checked
     walk = Walk("model_dir", config.model_dir, dtype, CPU, trust)
+    check_stored_experts(walk)
     log(f"quantizing to {config.format} with {engine.NAME}")
     result = StageRecord("quantize", asdict(config), versions=versions())
     result.measured |= report_dense(walk.model, prunable_weights(walk.model))
@@ -70,7 +74,7 @@ def run(config: QuantizeConfig) -> StageRecord:
         quantize_model(walk, work, engine, config.format, mask)
         parts = [part_file(work.folder, number) for number in range(walk.parts)]
         finish_checkpoint(walk.model, tokenizer, parts, dtype, output)
-        engine.finish(walk.model, config.format, [head_name(walk.model)], output)
+        engine.finish(walk.model, config.format, not_quantized(walk), output)
         with readable(f"model_dir {config.model_dir} must be a model that loads again when it is quantized"):
             open_model(output, dtype, CPU, trust)
         sparsity = sum(part["zeros"] for part in work.results) / sum(part["weights"] for part in work.results)
@@ -113,7 +117,8 @@ def quantize_model(walk: Walk, work: Work, engine: ModuleType, format: str, mask
     Raises:
         SparsityError: one of them is not.
     """
-    inside = [f"{walk.name}.{index}.{name}" for index, block in enumerate(walk.blocks) for name in linears(block)]
+    layers = [(index, matrix.layer) for index, block in enumerate(walk.blocks) for matrix in matrices(block).values()]
+    inside = [f"{walk.name}.{index}.{layer}" for index, layer in layers]
     numbers = range(len(work.results), walk.parts)
     for number in track(numbers, "quantizing", len(numbers)):
         # the engine changes a copy, made while it takes no memory, so that the walk's own model stays as it is
@@ -127,6 +132,24 @@ def quantize_model(walk: Walk, work: Work, engine: ModuleType, format: str, mask
             made = {f"{prefix}{name}": tensor for name, tensor in stored.items()}
             result = write_part(walk, work, engine, dense, made, mask)
         work.commit(result, [part_file(work.folder, number)])
+
+
+def check_stored_experts(walk: Walk) -> None:
+    """Raise ValueError if a model's checkpoints store the matrices of all experts as one tensor: there is no format for it."""
+    names = {f"{walk.name}.{index}.{name}" for index, block in enumerate(walk.blocks) for name in stack_names(block)}
+    stored = walk.weights.stored_names({name: walk.model.get_parameter(name) for name in sorted(names)})
+    for name, tensor in stored.items():
+        if tensor.ndim != 2:
+            raise ValueError(
+                "model_dir must store each expert's matrices by themselves to be quantized; "
+                f"{name} {list(tensor.shape)} has those of all"
+            )
+
+
+def not_quantized(walk: Walk) -> list[str]:
+    """Names of the layers that stay as they are: the head, and what chooses among experts."""
+    routers = [f"{walk.name}.{index}.{name}" for index, block in enumerate(walk.blocks) for name in sorted(routing(block))]
+    return [head_name(walk.model), *(name.removesuffix(".weight") for name in routers)]
 
 
 @torch.no_grad()
@@ -147,7 +170,7 @@ def write_part(
     kept = {name: dense[name].cpu() != 0 if mask is None else mask.tensors[name] for name in names}
     check = integrity({name: engine.stored(made, name) for name in names}, Mask(kept, sparsity=mask.sparsity if mask else None))
     enforce(check)
-    save_tensors(walk.weights.stored_names(made) if engine.ORIGINAL_NAMES else made, part_file(work.folder, len(work.results)))
+    save_tensors(engine.named(walk.weights, made), part_file(work.folder, len(work.results)))
     weights = sum(tensor.numel() for tensor in kept.values())
     return {
         "weights": weights,
@@ -156,21 +179,19 @@ def write_part(
     }
 
 
-def pick_engine(format: str, has_code: bool = False) -> ModuleType:
-    """optimum-quanto if it is installed, otherwise compressed-tensors, which supports int8 only.
+def pick_engine(format: str, has: str = "") -> ModuleType:
+    """optimum-quanto if it is installed and can be used, otherwise compressed-tensors, which supports int8 only.
 
     Args:
         format: `int8` or `fp8`.
-        has_code: whether the model has code of its own, which optimum-quanto's loader cannot run.
+        has: what the model has that optimum-quanto cannot load: `experts` or `code of its own`.
 
     Raises:
         ValueError: the format is fp8, and optimum-quanto cannot be used.
     """
-    if has_code and format != "int8":
-        raise ValueError(
-            f"format must be int8 for a model with code of its own, got {format}: optimum-quanto would not load it"
-        )
-    if not has_code and importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
+    if has and format != "int8":
+        raise ValueError(f"format must be int8 for a model with {has}, got {format}: optimum-quanto would not load it")
+    if not has and importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
         from components.quantize import with_quanto
 
         return with_quanto

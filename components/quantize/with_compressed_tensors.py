@@ -1,6 +1,7 @@
-"""INT8 weights with compressed-tensors, for machines without optimum-quanto.
+"""INT8 weights with compressed-tensors, for machines without optimum-quanto, and for what that does not know: experts.
 
-transformers and inference servers can load the result directly. Quantization is symmetric with one scale per row (the largest
+Inference servers can load the result directly, and so can transformers; that of a mixture of experts only with
+`quantization_config=CompressedTensorsConfig(dequantize=True)`. Quantization is symmetric with one scale per row (the largest
 magnitude over 127), so zeros stay zero.
 """
 
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import ModelCompressor, unpack_from_int32
+from compressed_tensors.compressors import ModelCompressor, pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -19,12 +20,15 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor, nn
 
+from components.core.blocks import stacks
+from components.core.checkpoint.weights import Weights
 from components.core.files import write_json
 from components.core.progress import quiet_bars
 from components.core.reading import read_json
 
 NAME = "compressed-tensors"
-ORIGINAL_NAMES = True
+LARGEST = 127  # of the integers
+STACK_SCALE = "_stack_scale"  # of all experts, until `named` takes them apart
 
 
 def settings(exclude: list[str]) -> QuantizationConfig:
@@ -35,16 +39,41 @@ def settings(exclude: list[str]) -> QuantizationConfig:
 
 
 def quantize(module: nn.Module, format: str, exclude: list[str]) -> None:
-    """Quantize a module's linear layers in place, except those that are excluded. Its `state_dict` is what is stored."""
+    """Quantize a module's linear layers and experts in place, except those that are excluded. `named` tells what is stored."""
     assert format == "int8"
     with quiet_bars():
         apply_quantization_config(module, settings(exclude))
         for name, scale in module.named_parameters():
             if name.endswith("weight_scale"):
                 weight = module.get_parameter(name.removesuffix("_scale"))
-                largest = weight.data.abs().amax(1, keepdim=True)  # [out, 1]
-                scale.data.copy_((largest / 127).clamp_min(1e-8))
+                scale.data.copy_(_scale(weight.data))
         ModelCompressor.from_pretrained_model(module).compress_model(module)
+    for name, part in module.named_modules():
+        for kind, weights in stacks(part).items():
+            if f"{name}.{kind}" not in exclude:
+                stack_scale = _scale(weights.data)
+                delattr(part, kind)
+                rounded = (weights.data.float() / stack_scale.float()).round().clamp(-LARGEST, LARGEST)
+                part.register_buffer(kind, rounded.to(torch.int8))
+                part.register_buffer(f"{kind}{STACK_SCALE}", stack_scale)
+
+
+def _scale(weight: Tensor) -> Tensor:
+    """Scale [..., out, 1] of a matrix, or of those of several experts [..., out, in]; 1 for a row of zeros."""
+    scale = weight.abs().amax(-1, keepdim=True) / LARGEST
+    return torch.where(scale == 0, 1, scale)
+
+
+def named(weights: Weights, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a part's `state_dict` by the names under which they are stored; each expert's matrices have their own."""
+    scales = {name.removesuffix(STACK_SCALE): scale for name, scale in tensors.items() if name.endswith(STACK_SCALE)}
+    plain = {name: tensor for name, tensor in tensors.items() if name not in scales and not name.endswith(STACK_SCALE)}
+    made = weights.stored_names(plain)
+    scale_of = weights.stored_names(scales)
+    for name, integers in weights.stored_names({name: tensors[name] for name in scales}).items():
+        made[f"{name}_packed"], made[f"{name}_scale"] = pack_to_int32(integers, 8), scale_of[name]
+        made[f"{name}_shape"] = torch.tensor(integers.shape)
+    return made
 
 
 def finish(model: Any, format: str, exclude: list[str], folder: Path) -> None:
@@ -60,7 +89,9 @@ def finish(model: Any, format: str, exclude: list[str], folder: Path) -> None:
 
 
 def stored(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """The integers [out, in] of a weight, from the tensors that are stored."""
+    """The integers [out, in] of a weight, or of those of all experts [experts, out, in], from a part's `state_dict`."""
+    if f"{name}{STACK_SCALE}" in tensors:
+        return tensors[name]
     shape = torch.Size(tensors[f"{name}_shape"].tolist())
     integers: Tensor = unpack_from_int32(tensors[f"{name}_packed"], 8, shape)
     return integers

@@ -11,11 +11,10 @@ from optimum.quanto.tensor.optimizers import AbsmaxOptimizer
 from torch import Tensor, nn
 
 from components.core.checkpoint.files import QUANTO_FILE
-from components.core.checkpoint.weights import DATA
+from components.core.checkpoint.weights import DATA, Weights
 from components.core.files import write_json
 
 NAME = "optimum-quanto"
-ORIGINAL_NAMES = False  # its loader looks weights up by the names of the modules
 QTYPES = {"int8": qint8, "fp8": qfloat8_e4m3fn}
 
 
@@ -38,6 +37,11 @@ def quantize(module: nn.Module, format: str, exclude: list[str]) -> None:
     """
     quantize_modules(module, weights=QTYPES[format], optimizer=NonzeroScale(), exclude=exclude)
     freeze(module)
+
+
+def named(weights: Weights, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a part's `state_dict` by the names under which they are stored: its loader looks for those of the modules."""
+    return tensors
 
 
 def finish(model: Any, format: str, exclude: list[str], folder: Path) -> None:

@@ -95,7 +95,9 @@ def shape_of(tensors: Tensors) -> Shape:
 
 
 def _matrices(*blocks: list[list[int]]) -> list[list[int]]:
-    return [shape for shapes in blocks for shape in shapes if len(shape) == 2]
+    """The shapes [out, in] of all matrices; a tensor may hold those of several experts, [experts, out, in]."""
+    shapes = [shape for block in blocks for shape in block if len(shape) >= 2]
+    return [shape[-2:] for shape in shapes for _ in range(math.prod(shape[:-2]))]
 
 
 def _weights(shapes: list[list[int]]) -> int:

@@ -16,7 +16,7 @@ import torch
 from optimum.quanto import QLinear, QuantizedModelForCausalLM
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 from tests.conftest import tiny_tokenizer
 from tests.hostile.families import families, tiny
@@ -28,12 +28,13 @@ LARGEST = 8_000_000  # weights of a tiny model
 # families that the README names, and others like them: these must not be refused
 SUPPORTED = {
     "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "phi", "phi3", "olmo2", "smollm3", "opt", "stablelm",
-    "starcoder2", "falcon", "glm4", "gpt_neox",
+    "starcoder2", "falcon", "glm4", "gpt_neox", "gemma2", "granite", "cohere", "cohere2",
 }  # fmt: skip
 DENSE_ONLY = {"mixtral", "qwen3_moe", "mamba", "gpt2"}  # these must at least be evaluated
 # format → how much it may change a weight, relative to the largest of its row, and the mean loss, relative to it
 NEAR = {"int8": (0.5 / 127, 0.05), "fp8": (0.5 / 8, 0.2)}
 SPARSE = 0.7
+DEQUANTIZE = CompressedTensorsConfig(dequantize=True)
 
 
 def cases(lab: Lab, random: Random, count: int) -> Iterator[Case]:
@@ -144,7 +145,7 @@ def _measures(ended: Ended, name: str, expected: float | None, required: bool) -
 def _refused(ended: Ended, required: bool) -> str | None:
     if required:
         return f"refused: {ended.err[-300:]!r}"
-    return refusal(ended, "model_dir", "dense_model", "nsamples", "dtype")
+    return refusal(ended, "model_dir", "dense_model", "nsamples", "dtype", "format")
 
 
 def _left_dense(ended: Ended) -> str | None:
@@ -169,7 +170,8 @@ def _quantized(format: str, source: str, ended: Ended, expected: float | None, l
     weight_change, loss_change = NEAR[format]
     if not abs(math.log(found) / math.log(expected) - 1) < loss_change:
         return f"perplexity must be near {expected}, got {found}"
-    model = QuantizedModelForCausalLM.from_pretrained(format)._wrapped
+    by_quanto = measured(ended)["engine"] == "optimum-quanto"
+    model = _by_quanto(format) if by_quanto else AutoModelForCausalLM.from_pretrained(format, quantization_config=DEQUANTIZE)
     if abs(perplexity(model, format, lab) / found - 1) > 1e-4:
         return f"perplexity must be {perplexity(model, format, lab)}, got {found}"
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -178,12 +180,19 @@ def _quantized(format: str, source: str, ended: Ended, expected: float | None, l
         if not isinstance(layer, nn.Linear) or layer is head:
             continue
         other = model.get_submodule(name)
-        if not isinstance(other, QLinear):
+        if by_quanto and not isinstance(other, QLinear):
             return f"not quantized, without a word: {name}"
+        weight = other.weight.dequantize() if by_quanto else other.weight
         largest = layer.weight.abs().amax(1, keepdim=True)  # [out, 1]
-        if bool(((other.weight.dequantize() - layer.weight).abs() > largest * weight_change + 1e-6).any()):
+        if bool(((weight - layer.weight).abs() > largest * weight_change + 1e-6).any()):
             return f"{name} must be near what was quantized"
     return None
+
+
+def _by_quanto(folder: str) -> nn.Module:
+    """A model that optimum-quanto quantized."""
+    model: nn.Module = QuantizedModelForCausalLM.from_pretrained(folder)._wrapped
+    return model
 
 
 KIND = Kind(cases, whole=1000, short=6)

@@ -409,7 +409,7 @@ def test_a_checkpoint_that_is_not_zero_outside_its_mask_is_not_quantized(start, 
 @pytest.mark.usefixtures("no_weights")
 def test_a_mask_over_what_cannot_be_quantized_is_refused_by_name(start, tmp_path):
     ended = start("quantize", {"mask_file": "{no_linear_mask}"})
-    assert_refused(ended, "mask_file must mask linear layers other than the head, got model.embed_tokens.weight", tmp_path)
+    assert_refused(ended, "mask_file must mask matrices other than the head, got model.embed_tokens.weight", tmp_path)
 
 
 def test_weights_that_are_not_finite_are_reported_as_such(start, inputs, tmp_path):

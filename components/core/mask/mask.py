@@ -6,7 +6,7 @@ lowest bit, the last byte padded with zeros. The file's metadata holds the shape
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -59,6 +59,11 @@ class Mask:
 def pruned_count(sparsity: float, numel: int) -> int:
     """How many of `numel` weights a sparsity removes, rounded to the nearest integer."""
     return int(sparsity * numel + 0.5)
+
+
+def pruned_of(sparsity: float, shape: Sequence[int]) -> int:
+    """How many weights a sparsity removes from a parameter [out, in], or from one with several matrices [experts, out, in]."""
+    return pruned_count(sparsity, math.prod(shape[-2:])) * math.prod(shape[:-2])
 
 
 def _pack(mask: Tensor) -> Tensor:

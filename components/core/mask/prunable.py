@@ -1,10 +1,11 @@
-"""What is pruned, trained under the mask and quantized: all linear layers of a model except the head."""
+"""What may be pruned and trained under a mask: all weight matrices of a model except the head."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from components.core.blocks import matrices
 from components.core.mask.mask import Mask
 
 
@@ -15,13 +16,10 @@ def head_name(model: Any) -> str:
 
 
 def prunable_weights(model: Any) -> dict[str, Tensor]:
-    """The weights that are pruned, trained and quantized, by name: those of all linear layers except the head."""
+    """The weights that may be pruned, by name: those that hold the `matrices` of a model, except the head."""
     head = head_name(model)
-    return {
-        f"{name}.weight": module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != head
-    }
+    names = {matrix.parameter: None for matrix in matrices(model).values() if matrix.layer != head}
+    return {name: model.get_parameter(name) for name in names}
 
 
 def weight_shapes(model: nn.Module) -> dict[str, list[int]]:
@@ -30,10 +28,10 @@ def weight_shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def check_mask(mask: Mask, model: Any) -> None:
-    """Check that a mask fits a model and only masks linear layers other than the head. Raises ValueError."""
+    """Check that a mask fits a model and only masks its matrices other than the head. Raises ValueError."""
     check_fits(mask, weight_shapes(model))
     for name in sorted(mask.tensors.keys() - prunable_weights(model).keys()):
-        raise ValueError(f"mask_file must mask linear layers other than the head, got {name}")
+        raise ValueError(f"mask_file must mask matrices other than the head, got {name}")
 
 
 def check_fits(mask: Mask, shapes: Mapping[str, Iterable[int]]) -> None:

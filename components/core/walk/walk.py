@@ -26,6 +26,7 @@ from components.core.checkpoint.loading import open_model
 from components.core.checkpoint.saving import parameters_outside
 from components.core.checkpoint.weights import unload
 from components.core.errors import one_line
+from components.core.head import Head
 from components.core.perplexity import decoder_and_head, differ, probe_ids, token_losses
 from components.core.walk.activations import Activations
 from components.core.walk.stream import Call, Stream, batches_of, first_of, run_block, share
@@ -275,7 +276,7 @@ class Walk:
     @torch.no_grad()
     def losses(self, stream: Stream) -> Tensor:
         """Sum of the losses over each row's predicted tokens, float64 [rows], after the last block."""
-        head = self.model.get_output_embeddings()
+        head = Head(self.model)
         found = []
         for rows, hidden in self.outputs(stream):
             found.append(token_losses(hidden, head, stream.ids[rows.start : rows.stop].to(self.device)))

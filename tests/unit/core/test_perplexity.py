@@ -1,15 +1,25 @@
 """Perplexity compared with the plain formula, and models that are not supported."""
 
+import copy
 import math
-import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertGenerationConfig, CohereConfig, Gemma2Config, GraniteConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertGenerationConfig,
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    GraniteConfig,
+)
 
 from components.core import perplexity as module
 from components.core.perplexity import decoder_and_head, perplexity
 from tests.conftest import SMALL, tiny_model
+
+OLD = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
 def random_blocks(blocks: int, seq_len: int, seed: int = 0) -> torch.Tensor:
@@ -82,32 +92,50 @@ CHANGED_LOGITS = {
     "cap 2": Gemma2Config(**SMALL, final_logit_softcapping=2.0),
     "scaled by Granite": GraniteConfig(**SMALL, logits_scaling=8.0),
     "scaled by Cohere": CohereConfig(**SMALL),
+    "scaled by the decoder's factor": FalconH1Config(
+        **SMALL, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, lm_head_multiplier=0.1
+    ),
+    "transformed before": BertConfig(**OLD, is_decoder=True),
 }
 
 
-@pytest.mark.parametrize("pad_token", [0, None], ids=["with padding", "without padding"])
 @pytest.mark.parametrize("config", CHANGED_LOGITS.values(), ids=CHANGED_LOGITS.keys())
-def test_a_model_that_changes_its_logits_after_the_head_is_refused(config, pad_token):
-    config.pad_token_id = pad_token  # the embedding of a padding token is all zeros
+def test_logits_are_those_of_the_model_whatever_it_does_to_them(config):
+    config.pad_token_id = 0
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(20)
-        ids = random_blocks(1, 16)
+        ids = random_blocks(2, 16)
         hidden = model.base_model(input_ids=ids).last_hidden_state
-        difference = model.get_output_embeddings()(hidden) - model(input_ids=ids).logits
-    assert difference.abs().max() > 0.1
-    rule = f"the model is not supported: {type(model).__name__} changes its logits after the head (soft cap or scale)"
-    with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
-        perplexity(model, ids)
+        wanted = model(input_ids=ids).logits
+        assert (model.get_output_embeddings()(hidden) - wanted).abs().max() > 0.1
+        _, head = decoder_and_head(model)
+        torch.testing.assert_close(head(hidden), wanted)
+        torch.testing.assert_close(copy.deepcopy(head)(hidden[0]), wanted[0])
+    assert perplexity(model, ids) == pytest.approx(plain_perplexity(model, ids), rel=1e-5)
+
+
+def test_a_model_whose_logits_need_more_than_hidden_states_is_refused():
+    model = tiny_model()
+    forward = type(model).forward
+
+    def by_position(input_ids, use_cache):
+        output = forward(model, input_ids=input_ids, use_cache=use_cache)
+        output.logits = output.logits * torch.arange(input_ids.shape[1])[:, None]
+        return output
+
+    model.forward = by_position
+    rule = "^model_dir must compute its logits from the last hidden states alone, LlamaForCausalLM does not"
+    with pytest.raises(ValueError, match=rule):
+        perplexity(model, random_blocks(1, 8), "model_dir")
 
 
 def test_a_model_that_looks_at_later_tokens_is_refused():
     torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    settings = BertGenerationConfig(**sizes, bos_token_id=None, eos_token_id=None)
+    settings = BertGenerationConfig(**OLD, bos_token_id=None, eos_token_id=None)
     ids = random_blocks(1, 16)
     with pytest.raises(
         ValueError, match="^model_dir must predict each token from those before it, BertGenerationDecoder looks"

@@ -106,14 +106,16 @@ class Passing(nn.Module):
 
 
 class Model(nn.Module):
-    """A causal language model with a decoder and no head of its own."""
+    """A causal language model with a decoder and a head."""
+
+    base_model_prefix = "base_model"
 
     def __init__(self, decoder):
         super().__init__()
-        self.base_model, self.head = decoder, nn.Identity()
+        self.base_model, self.head = decoder, nn.Linear(16, 256)
 
     def forward(self, input_ids, use_cache):
-        return SimpleNamespace(logits=self.base_model(input_ids, use_cache).last_hidden_state)
+        return SimpleNamespace(logits=self.head(self.base_model(input_ids, use_cache).last_hidden_state))
 
     def get_input_embeddings(self):
         return self.base_model.embedding

@@ -9,13 +9,20 @@ from components.distill import loss as loss_module
 from components.distill.loss import IGNORED, chunk_size, distillation_loss, next_token_labels
 
 
-def case(tokens: int = 37, width: int = 16, vocabulary: int = 51, bias: bool = False):
+class Capped(nn.Linear):
+    """A head with a soft cap."""
+
+    def forward(self, hidden):
+        return 0.5 * torch.tanh(super().forward(hidden) / 0.5)
+
+
+def case(tokens: int = 37, width: int = 16, vocabulary: int = 51, bias: bool = False, kind: type = nn.Linear):
     torch.manual_seed(0)
     return {
         "student_hidden": torch.randn(tokens, width, dtype=torch.float32, requires_grad=True),
-        "student_head": nn.Linear(width, vocabulary, bias=bias),
+        "student_head": kind(width, vocabulary, bias=bias),
         "teacher_hidden": torch.randn(tokens, 24),
-        "teacher_head": nn.Linear(24, vocabulary, bias=False),
+        "teacher_head": kind(24, vocabulary, bias=False),
         "labels": torch.randint(vocabulary, (tokens,)),
     }
 
@@ -35,11 +42,11 @@ def plain(student_hidden, student_head, teacher_hidden, teacher_head, labels, al
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("head", [{}, {"bias": True}, {"kind": Capped}], ids=["plain", "with bias", "capped"])
 @pytest.mark.parametrize("kl_direction", ["forward", "reverse"])
-def test_equals_the_plain_formula_with_its_gradient(monkeypatch, alpha, temperature, bias, kl_direction):
+def test_equals_the_plain_formula_with_its_gradient(monkeypatch, alpha, temperature, head, kl_direction):
     monkeypatch.setattr(loss_module, "chunk_size", lambda _: 8)  # several chunks, the last one short
-    inputs = case(bias=bias)
+    inputs = case(**head)
     inputs["labels"][[0, 5, 36]] = IGNORED
     wanted = plain(**inputs, alpha=alpha, temperature=temperature, kl_direction=kl_direction)
     (wanted_gradient,) = torch.autograd.grad(wanted, inputs["student_hidden"])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config
 
-from components.core.blocks import check_blocks, find_blocks, linears
+from components.core.blocks import check_blocks, find_blocks, matrices
 from components.core.history import read_history
 from components.core.mask.mask import load_mask, pruned_count
 from components.core.walk.work import SharedWork, Work
@@ -34,14 +34,18 @@ def test_blocks_are_found_by_structure(model):
     name, blocks = find_blocks("dense_model", model)
     assert name == "model.layers"
     assert len(blocks) == 2
-    assert "lm_head" not in [layer for block in blocks for layer in linears(block)]
-    assert len(linears(blocks[0])) == 7
+    assert "lm_head" not in [layer for block in blocks for layer in matrices(block)]
+    assert len(matrices(blocks[0])) == 7
 
 
-def test_fused_matrices_are_refused_by_name():
-    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64))
-    with pytest.raises(ValueError, match=r"nn\.Linear"):
-        check_blocks("dense_model", *find_blocks("dense_model", gpt2))
+def test_other_weights_are_refused_by_name_unless_they_are_ignored(model):
+    name, blocks = find_blocks("dense_model", model)
+    blocks[1].mixer = nn.Conv1d(4, 8, 3)
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.mixer\.weight \[8, 4, 3\] is none, .* ignore named model\.layers\.1\.mixer$"
+    ):
+        check_blocks("dense_model", name, blocks)
+    check_blocks("dense_model", name, blocks, ignore=["*.mixer"])
     with pytest.raises(ValueError, match=r"nn\.ModuleList"):
         find_blocks("dense_model", nn.Sequential(nn.Linear(2, 2)))
 
@@ -70,7 +74,8 @@ def test_hessian_is_that_of_the_inputs_and_shared(model, monkeypatch, tokens_at_
     seen = {}
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].detach()}))
-        for name, layer in linears(blocks[0]).items()
+        for name, layer in blocks[0].named_modules()
+        if name in matrices(blocks[0])
     ]
     with torch.no_grad():
         model(input_ids=tokens)
@@ -176,7 +181,10 @@ def test_experts_that_see_no_token_are_an_error(model):
     _, blocks = find_blocks("dense_model", model)
     batches = first_batches(model, ids(1, 4))
     blocks[0].idle = nn.Linear(64, 64)
-    with pytest.raises(ValueError, match="idle saw none"):
+    with pytest.raises(
+        ValueError,
+        match="^nsamples must be large enough for block.idle to see at least 1 of the tokens, it saw 0;",
+    ):
         hessians(blocks[0], observe(blocks[0], batches), "block")
 
 

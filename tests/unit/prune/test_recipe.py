@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from components.core.blocks import find_blocks
+from components.core.blocks import find_blocks, matrices
 from components.core.walk.stream import Batch
 from components.core.walk.work import SharedWork
 from components.prune import blocks
@@ -84,14 +84,18 @@ class Mixture(nn.Module):
         return self.out(chosen["down"](chosen["up"](hidden)))
 
 
+def ordered(block, batches):
+    return in_order(block, batches, matrices(block))
+
+
 def test_layers_come_in_the_order_of_their_calls(model):
     attention = [[f"self_attn.{name}_proj" for name in names] for names in ("qkv", "o")]
-    steps = in_order(find_blocks("dense_model", model)[1][0], first_batches(model, ids(2, 16)))
+    steps = ordered(find_blocks("dense_model", model)[1][0], first_batches(model, ids(2, 16)))
     assert steps == [*attention, ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
 
 
 def test_experts_are_pruned_side_by_side():
-    found = in_order(Mixture(), [Batch(range(1), -torch.ones(1, 3, 4), ((), {}))])
+    found = ordered(Mixture(), [Batch(range(1), -torch.ones(1, 3, 4), ((), {}))])
     first = ["router", "experts.0.up", "experts.1.up"]
     assert found == [first, ["experts.0.down", "experts.1.down"], ["out"]]
 

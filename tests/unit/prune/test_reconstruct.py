@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from components.core.blocks import find_blocks, linears
+from components.core.blocks import find_blocks, matrices
 from components.core.walk.stream import run_block
 from components.prune.magnitude import magnitude
 from components.prune.reconstruct import reconstruct
@@ -23,9 +23,9 @@ def pruned(model, monkeypatch):
     with torch.no_grad():
         examples = [(batch, run_block(block, batch)) for batch in batches]
         masks = {}
-        for name, layer in linears(block).items():
-            ((weight, masks[f"{name}.weight"]),) = magnitude([layer.weight], 0.7)
-            layer.weight.copy_(weight)
+        for name in [matrix.parameter for matrix in matrices(block).values()]:
+            ((weight, masks[name]),) = magnitude([block.get_parameter(name)], 0.7)
+            block.get_parameter(name).copy_(weight)
     return block, lambda: iter(examples), masks
 
 

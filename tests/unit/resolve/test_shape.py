@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from components.core.blocks import find_blocks, linears
+from components.core.blocks import find_blocks
 from components.core.checkpoint.files import INDEX_FILE, WEIGHTS_FILE
 from components.core.models import SMOLLM2, SMOLLM2_PACKAGE, _smollm2_file
 from components.resolve.shape import Shape, llama_tensors, model_shape, shape_of
@@ -22,7 +23,7 @@ def shape_of_model(model, number_bytes):
     """The sizes of a model, by its modules."""
     _, blocks = find_blocks("model", model)
     everything, inside = (sum(weight.numel() for weight in part.parameters()) for part in (model, blocks))
-    layers = [layer.weight for layer in linears(blocks[0]).values()]  # all blocks are alike
+    layers = [module.weight for module in blocks[0].modules() if isinstance(module, nn.Linear)]  # all blocks are alike
     words = model.get_input_embeddings().weight
     return Shape(
         parameters=everything,
@@ -88,6 +89,12 @@ def test_of_several_lists_the_one_with_the_most_weights_is_the_decoder():
     assert (found.blocks, found.block, found.matrix) == (3, 2 * 8 * 4 + 4, 8 * 4)
     assert found.outside == 100 * 4 + 5 * 4 * 4  # loaded with what lies outside the blocks
     assert (found.vocabulary, found.width) == (100, 4)
+
+
+def test_experts_in_one_tensor_are_counted_as_if_they_were_stored_one_by_one():
+    other = {"model.embed_tokens.weight": ([100, 4], "F32")}
+    apart = {f"model.layers.0.{expert}.up.weight": ([8, 4], "F32") for expert in range(3)}
+    assert shape_of(other | {"model.layers.0.up": ([3, 8, 4], "F32")}) == shape_of(other | apart)
 
 
 @pytest.mark.parametrize(
