@@ -25,13 +25,13 @@ class Given(nn.Module):
     """In place of a decoder: returns the hidden states that it was given, whatever it is called with.
 
     Args:
-        decoder: the decoder, whose plain attributes a model may read, such as a factor of its logits.
+        decoder: the decoder, whose numbers a model may read, such as a factor of its logits.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
-        own = {*vars(self), "forward"}
-        vars(self).update({name: value for name, value in vars(decoder).items() if name not in own})
+        numbers = {name: value for name, value in vars(decoder).items() if isinstance(value, int | float)}
+        vars(self).update(numbers)
         self.hidden: Tensor | None = None
 
     @property

@@ -1,6 +1,6 @@
 """INT8 weights with compressed-tensors, for machines without optimum-quanto, and for what that does not know: experts.
 
-Inference servers can load the result directly, and so can transformers; that of a mixture of experts only with
+transformers and inference servers can load the result directly; that of a mixture of experts, transformers only with
 `quantization_config=CompressedTensorsConfig(dequantize=True)`. Quantization is symmetric with one scale per row (the largest
 magnitude over 127), so zeros stay zero.
 """
