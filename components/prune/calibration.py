@@ -177,20 +177,23 @@ def hessians(block: nn.Module, seen: Observed, what: str) -> list[Group]:
 
     Raises:
         ValueError: a layer saw no tokens (an expert that none were routed to), layers have the same input in one process and
-            not in another, or a Hessian is not finite.
+            not in another, or activations are not finite.
     """
     layers = {name: layer for name, layer in linears(block).items() if name in seen.names}
     everywhere = from_all((seen.leader, seen.tokens, bool(seen.cross)))
     tokens = Counter[str]()
     led: dict[str, list[str]] = {}
     with together():
+        for name, products in seen.sums.items():  # in the order of the calls, so that the one where it began is named
+            if not all(bool(torch.isfinite(each).all()) for each in (products, seen.cross.get(name, products))):
+                raise ValueError(f"dtype must hold the activations: the Hessian of {what}.{name} is not finite; try bfloat16")
         for _, counts, _ in everywhere:
             tokens.update(counts)
         for name in layers:
             leaders = {leader[name] for leader, *_ in everywhere if name in leader}
             if not leaders:
                 raise ValueError(
-                    f"nsamples must be large enough for every layer to see a token, {what} {name} saw none; "
+                    f"nsamples must be large enough for every layer to see a token, {what}.{name} saw none; "
                     "if more do not help, dense_model never uses it and cannot be pruned"
                 )
             if len(leaders) > 1:
@@ -219,10 +222,6 @@ def hessians(block: nn.Module, seen: Observed, what: str) -> list[Group]:
                 group.hessian.mul_(2 / tokens[leader])
                 if group.cross is not None:
                     group.cross.mul_(2 / tokens[leader])
-                if not torch.isfinite(group.hessian).all():
-                    raise ValueError(
-                        f"dtype must hold the activations: the Hessian of {what} {leader} is not finite; try bfloat16"
-                    )
     return groups
 
 

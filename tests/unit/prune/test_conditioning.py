@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from components.core.mask.mask import pruned_count
+from components.prune.calibration import hessians, observe
 from components.prune.conditioning import inverse_factor
 from components.prune.selection import keep_largest
+from tests.conftest import VOCABULARY, tiny_model
 from tests.unit.prune.layers import AWKWARD, awkward_layer, error_of, inputs_with_a_sink, layer, sparsegpt
+from tests.walks import first_batches
 
 
 @pytest.mark.parametrize("kind", AWKWARD)
@@ -68,6 +71,49 @@ def test_damping_each_entry_is_not_drowned_by_a_sink():
         ((found, _),) = sparsegpt([weight], 2 / 1000 * inputs.T @ inputs, 0.7, normalise=normalise)
         errors[normalise] = error_of(weight, found, ordinary)
     assert errors[True] < 0.8 * errors[False]
+
+
+@torch.no_grad()
+def model_with_a_sink(strength: float):
+    """A model in which the first token of a block gives three inputs of the first down projection `strength`² times its size.
+
+    Its other words lie in four dimensions, so that what is kept can make up for what is removed.
+    """
+    model = tiny_model("llama", vocab_size=VOCABULARY + 1)
+    generator = torch.Generator().manual_seed(5)
+    words, block = model.get_input_embeddings().weight, model.model.layers[0]
+    words.copy_(torch.randn(len(words), 4, generator=generator) @ torch.randn(4, words.shape[1], generator=generator))
+    words[:, 0] = 0
+    words[VOCABULARY] = 10 * torch.eye(words.shape[1])[0]  # in a dimension of its own, which attention does not write to
+    block.self_attn.o_proj.weight[0] = 0
+    for projection in (block.mlp.gate_proj, block.mlp.up_proj):
+        projection.weight[[3, 17, 40], 0] = strength
+    return model
+
+
+def text_behind_the_first_token(rows: int, seed: int) -> torch.Tensor:
+    text = torch.randint(VOCABULARY, (rows, 63), generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.pad(text, (1, 0), value=VOCABULARY)
+
+
+@torch.no_grad()
+def test_a_sink_at_the_first_token_costs_the_text_less_if_each_entry_is_damped():
+    divergence = {}
+    for strength in (0.0, 12.0):
+        model, held_out = model_with_a_sink(strength), text_behind_the_first_token(4, seed=2)
+        block, batches = model.model.layers[0], first_batches(model, text_behind_the_first_token(16, seed=1))
+        (group,) = hessians(block, observe(block, batches, ["mlp.down_proj"]), "block")
+        diagonal = group.hessian.diagonal()
+        assert (diagonal.mean() > 1000 * diagonal.median()) == bool(strength)
+        weight = block.mlp.down_proj.weight.data
+        dense, wanted = weight.clone(), model(input_ids=held_out).logits[:, 1:].log_softmax(-1)
+        for normalise in (False, True):
+            ((pruned, _),) = sparsegpt([dense], group.hessian, 0.7, normalise=normalise)
+            weight.copy_(pruned)
+            found = model(input_ids=held_out).logits[:, 1:].log_softmax(-1)
+            divergence[strength, normalise] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+    assert divergence[12.0, True] < 0.6 * divergence[12.0, False]
+    assert divergence[0.0, True] == pytest.approx(divergence[0.0, False], rel=0.25)  # without a sink
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.3333, 0.7, 0.999])

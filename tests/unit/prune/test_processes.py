@@ -161,7 +161,7 @@ def test_what_one_process_finds_wrong_ends_all_in_one_line_and_leaves_nothing(fo
     save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
     _, err = finish(start(tmp_path, corpus, "out", 2, skip_ppl_eval=True), code=2)
     assert err == (
-        "error: dtype must hold the activations: the Hessian of model.layers.1 mlp.gate_proj is not finite; try bfloat16\n"
+        "error: dtype must hold the activations: the Hessian of model.layers.1.mlp.gate_proj is not finite; try bfloat16\n"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
@@ -210,7 +210,7 @@ def test_experts_that_see_tokens_in_one_process_only_have_the_hessian_of_one_pro
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     line = [sys.executable, *launcher, str(tmp_path / "program.py")]
     ended = subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
-    assert "ValueError: nsamples must be large enough for every layer to see a token, layers.0 idle saw none" in ended.stderr
+    assert "ValueError: nsamples must be large enough for every layer to see a token, layers.0.idle saw none" in ended.stderr
     assert "AssertionError" not in ended.stderr, ended.stderr
 
 

@@ -1,5 +1,6 @@
 """Pruning a model: its structure, Hessians, masks of whole checkpoints, and what a killed run goes on from."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,29 @@ def test_experts_that_see_no_token_are_an_error(model):
     blocks[0].idle = nn.Linear(64, 64)
     with pytest.raises(ValueError, match="idle saw none"):
         hessians(blocks[0], observe(blocks[0], batches), "block")
+
+
+def test_activations_that_are_not_finite_are_an_error_with_the_layer_they_begin_at(model):
+    """Before anything is computed from them, and in the order of the calls, whatever the order of the layers in the block."""
+    block = find_blocks("dense_model", model)[1][0]
+    with torch.no_grad():
+        block.self_attn.v_proj.weight[3, 5] = torch.inf
+    block.self_attn = block._modules.pop("self_attn")
+    assert next(iter(linears(block))) == "mlp.gate_proj"
+    rule = "^dtype must hold the activations: the Hessian of model.layers.0.self_attn.o_proj is not finite; try bfloat16$"
+    with pytest.raises(ValueError, match=rule):
+        hessians(block, observe(block, first_batches(model, ids(2, 16))), "model.layers.0")
+
+
+def test_activations_of_the_dense_model_that_are_not_finite_are_an_error_too(model):
+    block = find_blocks("dense_model", model)[1][0]
+    dense = copy.deepcopy(block)
+    with torch.no_grad():
+        dense.mlp.up_proj.weight[3, 5] = torch.nan
+    batches = first_batches(model, ids(2, 16))
+    rule = "^dtype must hold the activations: the Hessian of model.layers.0.mlp.down_proj is not finite; try bfloat16$"
+    with pytest.raises(ValueError, match=rule):
+        hessians(block, observe(block, batches, None, (dense, batches)), "model.layers.0")
 
 
 def test_qwen3_has_its_norms_left_alone(tmp_path):
