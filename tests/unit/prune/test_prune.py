@@ -204,6 +204,20 @@ def test_activations_of_the_dense_model_that_are_not_finite_are_an_error_too(mod
         hessians(block, observe(block, batches, None, (dense, batches)), "model.layers.0")
 
 
+def test_activations_of_evaluation_text_that_are_not_finite_are_an_error_before_anything_is_pruned(tmp_path, monkeypatch):
+    model, work = tiny_model(), SharedWork(tmp_path / "work", "pruning")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = torch.inf
+    evaluation = ids(3, 16)
+    calibration = evaluation.clone()
+    calibration[calibration == 7] = 8
+    evaluation[2, 5] = 7
+    monkeypatch.setattr(blocks, "prune_layers", None)
+    rule = "^dtype must hold the activations: the output of model.layers.0.input_layernorm is not finite; try bfloat16$"
+    with pytest.raises(ValueError, match=rule):
+        prune_model(walk_of(model, tmp_path / "dense"), work, calibration, evaluation, settings())
+
+
 def test_qwen3_has_its_norms_left_alone(tmp_path):
     _, kept, _ = prune(AutoModelForCausalLM.from_config(Qwen3Config(**SMALL)), tmp_path, ids(2, 8))
     assert not [name for name in kept if "norm" in name or "embed" in name or "lm_head" in name]
