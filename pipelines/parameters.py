@@ -31,7 +31,7 @@ from pipelines.sizes import PodSettings
 
 SHARED = (
     "model_id", "train_data", "eval_data", "nsamples", "seq_len", "seed", "dtype", "eval_blocks", "eval_seq_len",
-    "skip_ppl_eval", "trust_remote_code",
+    "bos", "skip_ppl_eval", "trust_remote_code",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
     PPL = exp( − Σ_blocks Σ_t log p(x_t | x_<t) / number of predicted tokens ),   t = 2 … seq_len within each block
 
+The first token of a block is given, not predicted, be it text or a beginning-of-sequence token (`components.core.tokens`).
 Logits are computed for one chunk of tokens at a time, so a [blocks × seq_len × vocabulary] tensor never exists.
 """
 

@@ -118,7 +118,21 @@ class TextSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockSettings(Settings):
+class FirstTokenSettings(Settings):
+    """What every block of tokens begins with."""
+
+    bos: str = "auto"
+    """Whether the first token of every block is the tokenizer's beginning-of-sequence token: `always`; `never`, the convention
+    of GPTQ and of published tables; or `auto`, which is always if the tokenizer itself puts it in front of a text (Gemma,
+    Llama)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("bos", self.bos, ("auto", "always", "never"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSettings(FirstTokenSettings):
     """How text is cut into blocks of tokens."""
 
     seq_len: int = 512
@@ -146,7 +160,7 @@ class CalibrationSettings(BlockSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalBlockSettings(Settings):
+class EvalBlockSettings(FirstTokenSettings):
     """How evaluation text is cut into blocks of tokens."""
 
     eval_blocks: int = 0

@@ -3,6 +3,11 @@
 The tokens artifact is a folder with one file, `tokens.safetensors`: int32 tensors `calibration` [nsamples, seq_len], `train`
 [n, seq_len] and `eval` [m, eval_seq_len], with the fingerprints as metadata, so that no later stage needs the network.
 
+Some models (Gemma, Llama) have only seen text with a beginning-of-sequence token in front, and much of their attention goes to
+it (Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks"). Blocks for them begin with that token, and
+seq_len − 1 tokens of text follow. As the first of its block it is never predicted, so with it or without, a block has
+seq_len − 1 predictions. In GPTQ it is in front of the whole text alone.
+
 A perplexity is too good if the model has seen the text. An evaluation block overlaps with the training text if they share a run
 of `RUN` tokens, the length by which Lee et al. find duplicates (2022, "Deduplicating Training Data Makes Language Models
 Better").
@@ -20,13 +25,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
 
 from components.core.corpus import TOKENS_FILE, is_tokens, load_text, text_fingerprint
 from components.core.errors import readable, shown
 from components.core.progress import log
 
-FORMAT = "token-blocks-1"
+FORMAT = "token-blocks-2"
 SPLITS = ("calibration", "train", "eval")
+PROBE = "The quick brown fox, 42 times:\n\n\tümlaut 漢字"
 RUN = 50  # consecutive tokens
 PIECE = 2**16  # positions of the training text that are hashed at once, so that they stay in the processor's cache
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is lost modulo 2**64
@@ -40,11 +47,13 @@ class TokenBlocks:
         ids: int64 [blocks, seq_len].
         corpus: fingerprint of the text they were cut from.
         tokenizer: fingerprint of the tokenizer.
+        bos: `always` if each block begins with the tokenizer's beginning-of-sequence token, otherwise `never`.
     """
 
     ids: Tensor
     corpus: str
     tokenizer: str
+    bos: str
 
     def fingerprint(self) -> str:
         """Identifies what a perplexity is measured on: exactly these tokens, cut into these blocks."""
@@ -78,8 +87,22 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 of the vocabulary and of the token ids of a probe text."""
-    probe = encode(tokenizer, "The quick brown fox, 42 times:\n\n\tümlaut 漢字")
+    probe = encode(tokenizer, PROBE)
     return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), probe]).encode()).hexdigest()
+
+
+def bos_for(tokenizer: Any, bos: str) -> str:
+    """What the setting `bos` means for a tokenizer: `always` or `never`.
+
+    Raises:
+        ValueError: the token is wanted, and the tokenizer has none.
+    """
+    token = tokenizer.bos_token_id
+    if bos == "always" and token is None:
+        raise ValueError("bos must be auto or never for a tokenizer without a beginning-of-sequence token, got always")
+    if bos != "auto":
+        return bos
+    return "always" if token is not None and encode(tokenizer, PROBE)[:1] == [token] else "never"
 
 
 def sequential_blocks(ids: Tensor, seq_len: int, count: int = 0) -> Tensor:
@@ -100,6 +123,7 @@ def build_blocks(
     spec: str,
     split: str,
     tokenizer: Any,
+    bos: str,
     seq_len: int,
     count: int,
     seed: int,
@@ -112,23 +136,31 @@ def build_blocks(
         spec: see `components.core.corpus`.
         split: `calibration`, `train` or `eval`.
         tokenizer: a Hugging Face tokenizer.
-        seq_len: tokens per block.
+        bos: `auto`, `always` or `never`, see `components.core.settings`.
+        seq_len: tokens per block, with the first one that `bos` puts there.
         count: number of blocks; 0 = all (not for calibration).
         seed: seed of the random windows.
         revision: commit of a hub dataset.
 
     Raises:
-        ValueError: the corpus is too short for one block, or for `count` of them.
+        ValueError: the corpus is too short for one block, or for `count` of them, or the tokenizer has no token for `bos`.
     """
+    bos = bos_for(tokenizer, bos)
     text = load_text(parameter, spec, "eval" if split == "eval" else "train", revision)
     ids = torch.tensor(encode(tokenizer, text))
-    needed = seq_len + 1 if split == "calibration" else seq_len * max(count, 1)
+    length = seq_len  # of the text in a block
+    if bos == "always":
+        length -= 1
+        ids = ids[int((ids[:1] == tokenizer.bos_token_id).any()) :]  # which its first block gets like any other
+    needed = length + 1 if split == "calibration" else length * max(count, 1)
     if ids.numel() < needed:
         raise ValueError(
             f"{parameter} must have at least {needed} tokens for its {split} blocks of {seq_len}, {spec} has {ids.numel()}"
         )
-    cut = random_blocks(ids, seq_len, count, seed) if split == "calibration" else sequential_blocks(ids, seq_len, count)
-    return TokenBlocks(cut, text_fingerprint(text), tokenizer_fingerprint(tokenizer))
+    cut = random_blocks(ids, length, count, seed) if split == "calibration" else sequential_blocks(ids, length, count)
+    if bos == "always":
+        cut = functional.pad(cut, (1, 0), value=tokenizer.bos_token_id)
+    return TokenBlocks(cut, text_fingerprint(text), tokenizer_fingerprint(tokenizer), bos)
 
 
 def save_tokens(blocks: dict[str, TokenBlocks], folder: Path) -> None:
@@ -137,7 +169,7 @@ def save_tokens(blocks: dict[str, TokenBlocks], folder: Path) -> None:
     Raises:
         OSError: the disk is full or not writable.
     """
-    metadata = {"format": FORMAT, "tokenizer": blocks["eval"].tokenizer}
+    metadata = {"format": FORMAT, "tokenizer": blocks["eval"].tokenizer, "bos": blocks["eval"].bos}
     metadata |= {f"corpus.{split}": part.corpus for split, part in blocks.items()}
     tensors = {split: part.ids.to(torch.int32).contiguous() for split, part in blocks.items()}
     try:
@@ -147,15 +179,15 @@ def save_tokens(blocks: dict[str, TokenBlocks], folder: Path) -> None:
 
 
 def load_blocks(
-    parameter: str, data: str, split: str, tokenizer: Any, seq_len: int, count: int = 0, seed: int = 0
+    parameter: str, data: str, split: str, tokenizer: Any, bos: str, seq_len: int, count: int = 0, seed: int = 0
 ) -> TokenBlocks:
     """Load blocks from a tokens artifact, or build them from a corpus spec. Arguments and errors as in `build_blocks`.
 
     Raises:
-        ValueError: also if the artifact was made with another tokenizer or block length, or has too few blocks.
+        ValueError: also if the artifact was made with another tokenizer, `bos` or block length, or has too few blocks.
     """
     if not is_tokens(data):
-        return build_blocks(parameter, data, split, tokenizer, seq_len, count, seed)
+        return build_blocks(parameter, data, split, tokenizer, bos, seq_len, count, seed)
     with (
         readable(f"{parameter} must be a tokens artifact, {data} cannot be read"),
         safe_open(Path(data) / TOKENS_FILE, framework="pt") as file,
@@ -165,38 +197,42 @@ def load_blocks(
         raise ValueError(
             f"{parameter} must be a tokens artifact of format {FORMAT!r}, {data} has {shown(metadata.get('format'))}"
         )
-    if not {"tokenizer", f"corpus.{split}"} <= metadata.keys() or stored.dtype is not torch.int32 or stored.ndim != 2:
+    if not {"tokenizer", "bos", f"corpus.{split}"} <= metadata.keys() or stored.dtype is not torch.int32 or stored.ndim != 2:
         raise ValueError(f"{parameter} must be a tokens artifact, {data} has no {split} blocks with their fingerprints")
     ids = stored.long()
     if metadata["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"{parameter} must be tokenized by the model's own tokenizer, {data} is not")
+    if metadata["bos"] != bos_for(tokenizer, bos):
+        raise ValueError(f"bos must be {shown(metadata['bos'])} for the tokens in {data}, which were made with it, got {bos}")
     if ids.shape[1] != seq_len:
         raise ValueError(f"{parameter} must have blocks of {seq_len} tokens, {data} has {split} blocks of {ids.shape[1]}")
     if ids.shape[0] < max(count, 1):
         raise ValueError(f"{parameter} must have {max(count, 1)} {split} blocks, {data} has {ids.shape[0]}")
-    return TokenBlocks(ids[:count] if count else ids, metadata[f"corpus.{split}"], metadata["tokenizer"])
+    return TokenBlocks(ids[:count] if count else ids, metadata[f"corpus.{split}"], metadata["tokenizer"], metadata["bos"])
 
 
-def count_overlaps(text: str, training: Tensor, eval_data: str, evaluation: Tensor) -> int:
+def count_overlaps(text: str, training: Tensor, eval_data: str, evaluation: TokenBlocks) -> int:
     """Count the evaluation blocks that overlap with the training text, and say so if there are any.
 
     Args:
         text: what the training text is for, for messages: `training` or `calibration`.
-        training: its blocks [n, seq_len].
+        training: its blocks [n, seq_len], made with the same `bos` as the evaluation blocks.
         eval_data: the setting that gave the evaluation blocks.
-        evaluation: those blocks [m, eval_seq_len].
+        evaluation: those blocks.
 
     Raises:
         ValueError: more than half of the evaluation text is in the training text.
     """
-    shares = shared_runs(evaluation, training)
+    start = int(evaluation.bos == "always")  # where their text begins
+    held_out = evaluation.ids[:, start:]
+    shares = shared_runs(held_out, training[:, start:])
     if shares.mean() > 0.5:
         raise ValueError(
             f"eval_data must be other text than the {text} text, got {eval_data}: {shares.mean():.0%} of it is in there too"
         )
     overlapping = int((shares > 0).sum())
     if overlapping:
-        run = min(RUN, evaluation.shape[1])
+        run = min(RUN, held_out.shape[1])
         log(
             f"{overlapping} of {len(shares)} evaluation blocks share {run} or more consecutive tokens with the {text} text: "
             "their perplexity is too good"

@@ -32,7 +32,7 @@ from components.core.mask.mask import Mask, load_mask
 from components.core.mask.prunable import check_mask
 from components.core.models import local_folder
 from components.core.progress import log, log_perplexity
-from components.core.tokens import count_overlaps, id_bytes, load_blocks
+from components.core.tokens import bos_for, count_overlaps, id_bytes, load_blocks
 from components.core.walk.measure import measure
 from components.core.walk.rewrite import rewrite_part
 from components.core.walk.walk import Walk
@@ -84,9 +84,11 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
     check_ids("train_data", blocks, model_config)
     evaluation, overlapping = None, 0
     if not config.skip_ppl_eval:
-        evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
+        evaluation = load_blocks(
+            "eval_data", config.eval_data, "eval", tokenizer, config.bos, config.eval_seq_len, config.eval_blocks
+        )
         check_ids("eval_data", evaluation.ids, model_config)
-        overlapping = count_overlaps("training", blocks, config.eval_data, evaluation.ids)
+        overlapping = count_overlaps("training", blocks, config.eval_data, evaluation)
     dtype = pick_dtype(config.dtype, device, config.student_model)
     config = share_global_batch(config, processes.process_count())
     backend = BACKENDS[config.backend](config, device, dtype)
@@ -108,6 +110,7 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
         backend.prepare(student, weights, mask, total_steps)
         trainer = Trainer(backend, teacher, blocks, evaluation.ids if evaluation else None, config, inputs)
         result = StageRecord("distill", asdict(config), versions=versions(), details={"inputs": inputs})
+        result.measured["bos"] = bos_for(tokenizer, config.bos)
         history = read_history(config.student_model)
         if evaluation:
             text = evaluation.fingerprint()
@@ -150,10 +153,10 @@ def text_of(blocks: Tensor) -> str:
 
 def training_blocks(config: DistillConfig, tokenizer: Any) -> Tensor:
     """Training tokens [blocks, seq_len], with those of a second corpus mixed in at `mix_ratio`."""
-    blocks = load_blocks("train_data", config.train_data, "train", tokenizer, config.seq_len).ids
+    blocks = load_blocks("train_data", config.train_data, "train", tokenizer, config.bos, config.seq_len).ids
     if not config.mix_data:
         return blocks
-    mixed = load_blocks("mix_data", config.mix_data, "train", tokenizer, config.seq_len).ids
+    mixed = load_blocks("mix_data", config.mix_data, "train", tokenizer, config.bos, config.seq_len).ids
     wanted = round(len(blocks) * config.mix_ratio / (1 - config.mix_ratio))
     if wanted > len(mixed):  # the smaller corpus limits the size; no block is repeated
         wanted = len(mixed)

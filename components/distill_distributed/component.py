@@ -65,6 +65,7 @@ def distill_distributed(
     fail_on_sparse_violation: bool,
     eval_blocks: int,
     eval_seq_len: int,
+    bos: str,
     skip_ppl_eval: bool,
     trust_remote_code: bool,
 ) -> None:

@@ -12,6 +12,7 @@ def evaluate(
     metrics: Output[Metrics],
     eval_blocks: int,
     eval_seq_len: int,
+    bos: str,
     dtype: str,
     trust_remote_code: bool,
     gpus: int,

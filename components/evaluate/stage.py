@@ -27,7 +27,7 @@ def run(config: EvaluateConfig) -> StageRecord:
     model_config = check_checkpoint("model_dir", config.model_dir, config.trust_remote_code)
     check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
     tokenizer = load_tokenizer(config.model_dir, config.trust_remote_code)
-    blocks = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
+    blocks = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.bos, config.eval_seq_len, config.eval_blocks)
     check_ids("eval_data", blocks.ids, model_config)
     result = StageRecord("evaluate", asdict(config), versions=versions())
     dtype, trust = pick_dtype(config.dtype, device, config.model_dir), config.trust_remote_code
@@ -37,6 +37,7 @@ def run(config: EvaluateConfig) -> StageRecord:
     log_perplexity("perplexity", result.measured["perplexity"])
     result.measured |= {
         "perplexity_text": blocks.fingerprint(),
+        "bos": blocks.bos,
         "bytes": weight_bytes(config.model_dir),
         **watch.read(),
     }

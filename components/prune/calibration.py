@@ -211,7 +211,7 @@ def hessians(block: nn.Module, seen: Observed, what: str, fewest: int = 1, *, re
 
     Raises:
         ValueError: a matrix saw too few tokens (an expert that few were routed to), matrices have the same input in one process
-            and not in another, or a Hessian is not finite.
+            and not in another, or activations are not finite.
     """
     found = matrices(block)
     weights = {name: weight for name, weight in weights_of(block).items() if name in seen.names}
@@ -220,6 +220,9 @@ def hessians(block: nn.Module, seen: Observed, what: str, fewest: int = 1, *, re
     tokens = Counter[str]()
     led: dict[str, list[str]] = {}
     with together():
+        for name, products in seen.sums.items():  # in the order of the calls, so that the one where it began is named
+            if not all(bool(torch.isfinite(each).all()) for each in (products, seen.cross.get(name, products))):
+                raise ValueError(f"dtype must hold the activations: the Hessian of {what}.{name} is not finite; try bfloat16")
         for _, counts, _ in everywhere:
             tokens.update(counts)
         for name in weights:
@@ -259,10 +262,6 @@ def hessians(block: nn.Module, seen: Observed, what: str, fewest: int = 1, *, re
                 group.hessian.mul_(2 / tokens[leader])
                 if group.cross is not None:
                     group.cross.mul_(2 / tokens[leader])
-                if not torch.isfinite(group.hessian).all():
-                    raise ValueError(
-                        f"dtype must hold the activations: the Hessian of {what} {leader} is not finite; try bfloat16"
-                    )
     return groups
 
 

@@ -27,6 +27,7 @@ def prune(
     seq_len: int,
     eval_blocks: int,
     eval_seq_len: int,
+    bos: str,
     seed: int,
     dtype: str,
     nproc_per_node: int,

@@ -78,8 +78,9 @@ def prune(config: PruneConfig, folder: Path, model_config: Any, device: torch.de
     with processes.together():
         tokenizer = load_tokenizer(folder, config.trust_remote_code)
         calibration, evaluation = load_texts(config, tokenizer, model_config)
+        result.measured["bos"] = calibration.bos
         if evaluation:
-            overlapping = count_overlaps("calibration", calibration.ids, config.eval_data, evaluation.ids)
+            overlapping = count_overlaps("calibration", calibration.ids, config.eval_data, evaluation)
             result.measured["overlapping_eval_blocks"] = overlapping
         dtype = pick_dtype(config.dtype, device, folder)
         walk = Walk("dense_model", folder, dtype, device, config.trust_remote_code)
@@ -133,12 +134,14 @@ def load_texts(config: PruneConfig, tokenizer: Any, model_config: Any) -> tuple[
     Raises:
         ValueError: a text does not fit the settings or the model.
     """
-    data, length = config.calibration_data, config.seq_len
-    calibration = load_blocks("calibration_data", data, "calibration", tokenizer, length, config.nsamples, config.seed)
+    data, bos, length = config.calibration_data, config.bos, config.seq_len
+    calibration = load_blocks("calibration_data", data, "calibration", tokenizer, bos, length, config.nsamples, config.seed)
     check_ids("calibration_data", calibration.ids, model_config)
     if config.skip_ppl_eval:
         return calibration, None
-    evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
+    evaluation = load_blocks(
+        "eval_data", config.eval_data, "eval", tokenizer, config.bos, config.eval_seq_len, config.eval_blocks
+    )
     check_ids("eval_data", evaluation.ids, model_config)
     return calibration, evaluation
 

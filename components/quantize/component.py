@@ -16,6 +16,7 @@ def quantize(
     dtype: str,
     eval_blocks: int,
     eval_seq_len: int,
+    bos: str,
     skip_ppl_eval: bool,
     trust_remote_code: bool,
     gpus: int,

@@ -58,7 +58,9 @@ def run(config: QuantizeConfig) -> StageRecord:
     evaluation = None
     if not config.skip_ppl_eval:
         check_seq_len("eval_seq_len", config.eval_seq_len, model_config)
-        evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, config.eval_seq_len, config.eval_blocks)
+        evaluation = load_blocks(
+            "eval_data", config.eval_data, "eval", tokenizer, config.bos, config.eval_seq_len, config.eval_blocks
+        )
         check_ids("eval_data", evaluation.ids, model_config)
 
     dtype, trust = pick_dtype(config.dtype, device, config.model_dir), config.trust_remote_code
@@ -81,7 +83,7 @@ def run(config: QuantizeConfig) -> StageRecord:
         result.sparse_integrity_check = combined([part["sparse_integrity_check"] for part in work.results], sparsity)
         if evaluation:
             ppl = measure("model_dir", output, evaluation.ids, dtype, device, place / "measured", trust)
-            result.measured |= {"perplexity": ppl, "perplexity_text": evaluation.fingerprint()}
+            result.measured |= {"perplexity": ppl, "perplexity_text": evaluation.fingerprint(), "bos": evaluation.bos}
             log_perplexity("after_quantization", ppl)
         result.measured |= {"sparsity": sparsity, "engine": engine.NAME, **watch.read()}
         write_history(output, read_history(config.model_dir), result, config.model_dir)

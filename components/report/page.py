@@ -15,6 +15,10 @@ from components.report.plots import Plot
 from components.report.summary import Row, Summary, comparable
 
 TEMPLATE = "page.html.j2"
+FIRST_TOKENS = {
+    "always": "which begin with the tokenizer's beginning-of-sequence token",
+    "never": "without a beginning-of-sequence token in front of each, as in GPTQ",
+}
 TENSORS = 20  # at most this many violated tensors are listed
 
 
@@ -55,6 +59,7 @@ def render(title: str, source: Source, records: list[StageRecord], summary: Summ
         rows=summary.rows,
         final=summary.final,
         notes={row.name: _notes(row, summary) for row in summary.rows},
+        first_tokens=first_tokens(summary.rows),
         texts_differ=len({row.perplexity_text for row in summary.rows if row.perplexity is not None}) > 1,
         plots=plots,
         records=list(zip(records, _headings(records), strict=True)),
@@ -117,6 +122,15 @@ def _notes(row: Row, summary: Summary) -> dict[str, str]:
     if row.peak_gpu_memory_bytes is not None:
         notes["memory"] = f"GPU {text.size(row.peak_gpu_memory_bytes)}"
     return notes
+
+
+def first_tokens(rows: list[Row]) -> str:
+    """How the blocks begin that perplexity was measured on; if they differ, each way with its rows; empty if it is unknown."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        if row.perplexity is not None and row.bos in FIRST_TOKENS:
+            found[FIRST_TOKENS[row.bos]].append(row.name)
+    return ", or ".join(f"{way} ({', '.join(names)})" if len(found) > 1 else way for way, names in found.items())
 
 
 def _headings(records: list[StageRecord]) -> list[str]:

@@ -21,6 +21,7 @@ class Row:
         name: `dense`, `pruned`, `distilled`, a format such as `int8`, or the name of another stage; unique in a report.
         stage: the stage that measured it.
         perplexity_text: fingerprint of the text behind `perplexity`.
+        bos: whether its blocks begin with the beginning-of-sequence token: `always` or `never`.
         sparsity: share of weights that are zero, in [0, 1].
         bytes: size of the weights on disk.
         seconds, peak_memory_bytes, peak_gpu_memory_bytes: what the stage used.
@@ -31,6 +32,7 @@ class Row:
     stage: str
     perplexity: float | None = None
     perplexity_text: str | None = None
+    bos: str | None = None
     sparsity: float | None = None
     bytes: float | None = None
     seconds: float | None = None
@@ -121,9 +123,10 @@ def _unique(name: str, rows: list[Row]) -> str:
 
 
 def _perplexity(record: StageRecord, key: str) -> dict[str, Any]:
-    """`perplexity` and `perplexity_text` of a record; empty if it was not measured."""
-    value, text = number(record.measured.get(key)), record.measured.get("perplexity_text")
-    return {} if value is None else {"perplexity": value, "perplexity_text": None if text is None else str(text)}
+    """`perplexity`, `perplexity_text` and `bos` of a record; empty if it was not measured."""
+    value = number(record.measured.get(key))
+    text, bos = (None if known is None else str(known) for known in map(record.measured.get, ("perplexity_text", "bos")))
+    return {} if value is None else {"perplexity": value, "perplexity_text": text, "bos": bos}
 
 
 def _row(record: StageRecord, name: str, perplexity: dict[str, Any]) -> Row:

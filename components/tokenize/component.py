@@ -18,6 +18,7 @@ def tokenize(
     seq_len: int,
     eval_blocks: int,
     eval_seq_len: int,
+    bos: str,
     seed: int,
     trust_remote_code: bool,
 ) -> None:

@@ -26,15 +26,16 @@ def run(config: TokenizeConfig) -> StageRecord:
     tokenizer = load_tokenizer(config.model_dir, config.trust_remote_code)
     train = ("train_data", config.train_data)
     train_revision, eval_revision = config.train_revision or None, config.eval_revision or None
-    seq_len, seed = config.seq_len, config.seed
+    bos, seq_len, seed = config.bos, config.seq_len, config.seed
     blocks = {
-        "calibration": build_blocks(*train, "calibration", tokenizer, seq_len, config.nsamples, seed, train_revision),
-        "train": build_blocks(*train, "train", tokenizer, seq_len, 0, seed, train_revision),
+        "calibration": build_blocks(*train, "calibration", tokenizer, bos, seq_len, config.nsamples, seed, train_revision),
+        "train": build_blocks(*train, "train", tokenizer, bos, seq_len, 0, seed, train_revision),
         "eval": build_blocks(
             "eval_data",
             config.eval_data,
             "eval",
             tokenizer,
+            bos,
             config.eval_seq_len,
             config.eval_blocks,
             seed,
@@ -45,8 +46,8 @@ def run(config: TokenizeConfig) -> StageRecord:
         check_ids("eval_data" if split == "eval" else "train_data", part.ids, model_config)
     result = StageRecord("tokenize", asdict(config), versions=versions())
     result.measured = {f"{split}_blocks": part.ids.shape[0] for split, part in blocks.items()}
-    overlapping = count_overlaps("training", blocks["train"].ids, config.eval_data, blocks["eval"].ids)
-    result.measured |= {"overlapping_eval_blocks": overlapping, **watch.read()}
+    overlapping = count_overlaps("training", blocks["train"].ids, config.eval_data, blocks["eval"])
+    result.measured |= {"overlapping_eval_blocks": overlapping, "bos": blocks["eval"].bos, **watch.read()}
     with new_directory(config.output_dir) as scratch:
         save_tokens(blocks, scratch)
     log(f"tokenized: {', '.join(f'{part.ids.shape[0]} {split} blocks' for split, part in blocks.items())}")

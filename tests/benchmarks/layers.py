@@ -74,7 +74,7 @@ def compute_groups(config: LayersConfig) -> Iterator[Group]:
     """The layers of some blocks, with the Hessians of the dense model's inputs."""
     folder = local_folder(config.model)
     tokenizer = load_tokenizer(folder)
-    ids = build_blocks("data", config.data, "calibration", tokenizer, config.seq_len, config.nsamples, 0).ids
+    ids = build_blocks("data", config.data, "calibration", tokenizer, "auto", config.seq_len, config.nsamples, 0).ids
     walk = Walk("model", folder, torch.float32, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as place:
         with walk.outside():

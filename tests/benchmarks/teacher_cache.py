@@ -75,7 +75,7 @@ def write_text(config: CacheConfig) -> None:
     from components.core.tokens import build_blocks
 
     tokenizer = load_tokenizer(config.teacher_model)
-    blocks = build_blocks("train_data", config.train_data, "train", tokenizer, 512, 4 * config.steps + 1, 0)
+    blocks = build_blocks("train_data", config.train_data, "train", tokenizer, "never", 512, 4 * config.steps + 1, 0)
     (Path(config.output_dir) / "train.txt").write_text(tokenizer.decode(blocks.ids.flatten()))
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from components.core.perplexity import TOKENS_PER_FORWARD
 from components.core.walk.activations import Activations
@@ -68,6 +70,29 @@ def run_block(block: nn.Module, batch: Batch) -> Tensor:
     more, named = batch.call
     with torch.autocast(batch.hidden.device.type, batch.autocast, enabled=batch.autocast is not None):
         return first_of(block(batch.hidden, *more, **named)).to(batch.hidden.dtype)
+
+
+def check_finite(hidden: Tensor, block: nn.Module, batch: Batch, name: str) -> None:
+    """Check the hidden states that the block `name` has given for a batch.
+
+    Raises:
+        ValueError: they are not finite; the message names the module of the block whose output was the first that is not.
+    """
+    if torch.isfinite(hidden).all():
+        return
+    faulty: list[str] = []
+
+    def look(_: nn.Module, __: Any, output: Any, inner: str) -> None:
+        if not all(torch.isfinite(part).all() for part in tree_leaves(output) if isinstance(part, Tensor)):
+            faulty.append(f"{name}.{inner}".rstrip("."))
+
+    handles = [module.register_forward_hook(partial(look, inner=inner)) for inner, module in block.named_modules()]
+    try:
+        run_block(block, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise ValueError(f"dtype must hold the activations: the output of {[*faulty, name][0]} is not finite; try bfloat16")
 
 
 def first_of(output: Any) -> Tensor:

@@ -29,7 +29,7 @@ from components.core.errors import one_line
 from components.core.head import Head
 from components.core.perplexity import decoder_and_head, differ, probe_ids, token_losses
 from components.core.walk.activations import Activations
-from components.core.walk.stream import Call, Stream, batches_of, first_of, run_block, share
+from components.core.walk.stream import Call, Stream, batches_of, check_finite, first_of, run_block, share
 
 
 class ReplayError(ValueError):
@@ -267,10 +267,11 @@ class Walk:
 
     @torch.no_grad()
     def advance(self, stream: Stream, index: int) -> None:
-        """Run a text through block `index`, which must be loaded."""
+        """Run a text through block `index`, which must be loaded. Raises the error of `check_finite`."""
         for batch in stream.batches(index, self.device):
             with replayable(self.parameter):
                 hidden = run_block(self.blocks[index], batch)
+            check_finite(hidden, self.blocks[index], batch, f"{self.name}.{index}")
             stream.before(index + 1).write(batch.rows, hidden)
 
     @torch.no_grad()

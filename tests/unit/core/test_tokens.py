@@ -42,8 +42,8 @@ def other_tokenizer():
 
 def blocks_of(corpus, tokenizer, seq_len=SEQ_LEN, nsamples=8, seed=0):
     return {
-        split: build_blocks("data", str(corpus), split, tokenizer, seq_len, nsamples if split == "calibration" else 0, seed)
-        for split in ("calibration", "train", "eval")
+        split: build_blocks("data", str(corpus), split, tokenizer, "auto", seq_len, count, seed)
+        for split, count in (("calibration", nsamples), ("train", 0), ("eval", 0))
     }
 
 
@@ -95,7 +95,7 @@ def test_random_blocks_of_the_shortest_stream():
 @pytest.mark.parametrize(("split", "file"), [("train", "train"), ("eval", "test")])
 def test_train_and_eval_blocks_are_contiguous_and_do_not_overlap(corpus, tokenizer, split, file):
     ids = stream(corpus, tokenizer, file)
-    built = build_blocks("data", str(corpus), split, tokenizer, SEQ_LEN, 0, seed=0)
+    built = build_blocks("data", str(corpus), split, tokenizer, "auto", SEQ_LEN, 0, seed=0)
     assert built.ids.dtype == torch.int64
     assert built.ids.shape == (ids.numel() // SEQ_LEN, SEQ_LEN)
     assert torch.equal(built.ids.flatten(), ids[: built.ids.numel()])
@@ -106,15 +106,15 @@ def test_train_and_eval_blocks_are_contiguous_and_do_not_overlap(corpus, tokeniz
 def test_calibration_windows_come_from_the_training_text(corpus, tokenizer):
     ids = stream(corpus, tokenizer, "train")
     windows = ids.unfold(0, SEQ_LEN, 1)
-    built = build_blocks("data", str(corpus), "calibration", tokenizer, SEQ_LEN, 8, seed=0)
+    built = build_blocks("data", str(corpus), "calibration", tokenizer, "auto", SEQ_LEN, 8, seed=0)
     assert built.ids.shape == (8, SEQ_LEN)
     assert all((windows == block).all(1).any() for block in built.ids)
     assert torch.equal(built.ids, random_blocks(ids, SEQ_LEN, 8, seed=0))
 
 
 def test_count_takes_the_first_blocks(corpus, tokenizer):
-    every = build_blocks("data", str(corpus), "eval", tokenizer, SEQ_LEN, 0, seed=0)
-    first = build_blocks("data", str(corpus), "eval", tokenizer, SEQ_LEN, 3, seed=0)
+    every = build_blocks("data", str(corpus), "eval", tokenizer, "auto", SEQ_LEN, 0, seed=0)
+    first = build_blocks("data", str(corpus), "eval", tokenizer, "auto", SEQ_LEN, 3, seed=0)
     assert torch.equal(first.ids, every.ids[:3])
 
 
@@ -124,7 +124,7 @@ def test_blocks_begin_with_what_the_tokenizer_begins_with(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="A $A", special_tokens=[("A", 7)])
     (tmp_path / "a.txt").write_text("x" * 40)
-    built = build_blocks("data", str(tmp_path / "a.txt"), "eval", tokenizer, 4, 0, seed=0)
+    built = build_blocks("data", str(tmp_path / "a.txt"), "eval", tokenizer, "auto", 4, 0, seed=0)
     assert built.ids.shape == (10, 4)
     assert built.ids.flatten()[0] == 7
     assert (built.ids.flatten()[1:] != 7).all()
@@ -145,16 +145,17 @@ def test_a_corpus_that_is_too_short_is_refused(tmp_path, tokenizer, split, chara
     spec = str(tmp_path / "a.txt")
     (tmp_path / "a.txt").write_text("x" * characters)
     if fits:
-        assert build_blocks("eval_data", spec, split, tokenizer, SEQ_LEN, count, 0).ids.shape == (max(count, 1), SEQ_LEN)
+        built = build_blocks("eval_data", spec, split, tokenizer, "auto", SEQ_LEN, count, 0)
+        assert built.ids.shape == (max(count, 1), SEQ_LEN)
         return
     rule = f"^eval_data must have at least {characters + 1} tokens for its {split} blocks of 32, {spec} has {characters}$"
     with pytest.raises(ValueError, match=rule):
-        build_blocks("eval_data", spec, split, tokenizer, SEQ_LEN, count, 0)
+        build_blocks("eval_data", spec, split, tokenizer, "auto", SEQ_LEN, count, 0)
 
 
 def test_round_trip_of_a_tokens_folder(corpus, tokenizer, stored):
     for split, built in blocks_of(corpus, tokenizer).items():
-        read = load_blocks("data", stored, split, tokenizer, SEQ_LEN)
+        read = load_blocks("data", stored, split, tokenizer, "auto", SEQ_LEN)
         assert read.ids.dtype == torch.int64
         assert torch.equal(read.ids, built.ids)
         assert (read.corpus, read.tokenizer, read.fingerprint()) == (built.corpus, built.tokenizer, built.fingerprint())
@@ -168,6 +169,7 @@ def test_a_tokens_folder_holds_int32_and_its_fingerprints(corpus, tokenizer, sto
     assert metadata == {
         "format": FORMAT,
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        "bos": "never",
         "corpus.calibration": train,
         "corpus.train": train,
         "corpus.eval": test,
@@ -176,27 +178,27 @@ def test_a_tokens_folder_holds_int32_and_its_fingerprints(corpus, tokenizer, sto
 
 def test_a_tokens_folder_gives_what_the_corpus_gives(corpus, tokenizer, stored):
     for split, count in (("calibration", 8), ("train", 0), ("eval", 5)):
-        from_corpus = load_blocks("data", str(corpus), split, tokenizer, SEQ_LEN, count)
-        from_folder = load_blocks("data", stored, split, tokenizer, SEQ_LEN, count)
+        from_corpus = load_blocks("data", str(corpus), split, tokenizer, "auto", SEQ_LEN, count)
+        from_folder = load_blocks("data", stored, split, tokenizer, "auto", SEQ_LEN, count)
         assert torch.equal(from_folder.ids, from_corpus.ids)
         assert from_folder.fingerprint() == from_corpus.fingerprint()
 
 
 def test_blocks_of_another_tokenizer_are_refused(other_tokenizer, stored):
     with pytest.raises(ValueError, match=f"^train_data must be tokenized by the model's own tokenizer, {stored} is not$"):
-        load_blocks("train_data", stored, "train", other_tokenizer, SEQ_LEN)
+        load_blocks("train_data", stored, "train", other_tokenizer, "auto", SEQ_LEN)
 
 
 def test_blocks_of_another_length_are_refused(tokenizer, stored):
     rule = f"^train_data must have blocks of 16 tokens, {stored} has train blocks of 32$"
     with pytest.raises(ValueError, match=rule):
-        load_blocks("train_data", stored, "train", tokenizer, 16)
+        load_blocks("train_data", stored, "train", tokenizer, "auto", 16)
 
 
 def test_fewer_blocks_than_asked_for_are_refused(tokenizer, stored):
-    assert load_blocks("calibration_data", stored, "calibration", tokenizer, SEQ_LEN, 8).ids.shape[0] == 8
+    assert load_blocks("calibration_data", stored, "calibration", tokenizer, "auto", SEQ_LEN, 8).ids.shape[0] == 8
     with pytest.raises(ValueError, match=f"^calibration_data must have 9 calibration blocks, {stored} has 8$"):
-        load_blocks("calibration_data", stored, "calibration", tokenizer, SEQ_LEN, 9)
+        load_blocks("calibration_data", stored, "calibration", tokenizer, "auto", SEQ_LEN, 9)
 
 
 @pytest.mark.parametrize("kind", ["garbage", "truncated", "no such split", "no metadata"])
@@ -212,19 +214,19 @@ def test_what_is_not_a_tokens_folder_is_refused(tmp_path, tokenizer, stored, kin
         metadata = {"tokenizer": tokenizer_fingerprint(tokenizer)} if kind == "no such split" else None
         save_file({"train" if kind == "no such split" else "eval": ids}, file, metadata)
     with pytest.raises(ValueError, match="^eval_data must be a tokens artifact"):
-        load_blocks("eval_data", str(tmp_path), "eval", tokenizer, SEQ_LEN)
+        load_blocks("eval_data", str(tmp_path), "eval", tokenizer, "auto", SEQ_LEN)
 
 
 def test_fingerprint_is_that_of_the_very_tokens():
     ids = torch.arange(64).view(2, 32)
-    original = TokenBlocks(ids, "text", "words").fingerprint()
-    assert TokenBlocks(ids.clone(), "same tokens of another text", "words").fingerprint() == original
+    original = TokenBlocks(ids, "text", "words", "never").fingerprint()
+    assert TokenBlocks(ids.clone(), "same tokens of another text", "words", "never").fingerprint() == original
     changed = ids.clone()
     changed[1, 31] += 1
     others = [
-        TokenBlocks(changed, "text", "words"),
-        TokenBlocks(ids.view(4, 16), "text", "words"),
-        TokenBlocks(ids, "text", "w"),
+        TokenBlocks(changed, "text", "words", "never"),
+        TokenBlocks(ids.view(4, 16), "text", "words", "never"),
+        TokenBlocks(ids, "text", "w", "never"),
     ]
     assert original not in {other.fingerprint() for other in others}
 
@@ -282,21 +284,23 @@ def test_training_text_shorter_than_a_run_overlaps_with_nothing():
 
 def test_overlapping_blocks_are_counted_and_told(capsys):
     training, evaluation = random_ids(40, 64, seed=1), random_ids(8, 100, seed=2)
-    assert count_overlaps("training", training, "test.txt", evaluation) == 0
+    blocks = TokenBlocks(evaluation, "text", "words", "never")
+    assert count_overlaps("training", training, "test.txt", blocks) == 0
     assert capsys.readouterr().out == ""
     evaluation[1, 30 : 30 + RUN] = training.flatten()[100 : 100 + RUN]
     evaluation[5, : RUN - 1] = training.flatten()[: RUN - 1]
     evaluation[6] = training.flatten()[500:600]
-    assert count_overlaps("training", training, "test.txt", evaluation) == 2
+    assert count_overlaps("training", training, "test.txt", blocks) == 2
     line = "2 of 8 evaluation blocks share 50 or more consecutive tokens with the training text: their perplexity is too good\n"
     assert capsys.readouterr().out == line
 
 
 def test_an_evaluation_text_most_of_which_is_training_text_is_refused():
     training, evaluation = random_ids(40, 64, seed=1), random_ids(8, 100, seed=2)
+    blocks = TokenBlocks(evaluation, "text", "words", "never")
     evaluation[:4] = training.flatten()[300:700].view(4, 100)
-    assert count_overlaps("training", training, "test.txt", evaluation) == 4
+    assert count_overlaps("training", training, "test.txt", blocks) == 4
     evaluation[4, :60] = training.flatten()[:60]
     rule = "^eval_data must be other text than the training text, got test.txt: 53% of it is in there too$"
     with pytest.raises(ValueError, match=rule):
-        count_overlaps("training", training, "test.txt", evaluation)
+        count_overlaps("training", training, "test.txt", blocks)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from components.core.perplexity import perplexity
 from components.core.walk.activations import Activations
 from components.core.walk.measure import measure
-from components.core.walk.stream import batches_of
+from components.core.walk.stream import Batch, batches_of, check_finite, run_block
 from components.core.walk.walk import ReplayError, Walk
 from components.core.walk.work import Work, work_key
 from tests.conftest import SMALL, VOCABULARY, save_tiny, tiny_model
@@ -61,6 +61,33 @@ def test_only_one_block_is_loaded_at_a_time(tmp_path):
         loaded = {name for name, parameter in walk.model.named_parameters() if parameter.device.type != "meta"}
         assert loaded == {"model.embed_tokens.weight", "model.norm.weight"}
         assert walk.model.lm_head.weight is walk.model.model.embed_tokens.weight
+
+
+def test_activations_that_are_not_finite_end_the_walk_with_the_layer_they_begin_at(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[3, 5] = torch.inf
+    folder = save_tiny(tmp_path / "saved")
+    model.save_pretrained(folder)
+    rule = "^dtype must hold the activations: the output of model.layers.1.self_attn.v_proj is not finite; try bfloat16$"
+    with pytest.raises(ValueError, match=rule):
+        measure("model_dir", folder, ids(6, 24), FLOAT, CPU, tmp_path / "work")
+
+
+def test_a_block_whose_layers_are_finite_is_named_itself():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, hidden):
+            return hidden + self.inner(hidden)
+
+    batch = Batch(range(1), torch.full((1, 4, 8), 3e38), ((), {}))
+    with pytest.raises(
+        ValueError, match="^dtype must hold the activations: the output of layers.7 is not finite; try bfloat16$"
+    ):
+        check_finite(run_block(Sum(), batch), Sum(), batch, "layers.7")
 
 
 def test_the_last_batch_may_be_smaller():

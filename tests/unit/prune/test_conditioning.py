@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from components.core.mask.mask import pruned_count
+from components.prune.calibration import hessians, observe
 from components.prune.conditioning import inverse_factor
 from components.prune.selection import keep_largest
+from tests.conftest import VOCABULARY, tiny_model
 from tests.unit.prune.layers import AWKWARD, awkward_layer, damp, error_of, inputs_with_a_sink, sparsegpt
+from tests.walks import first_batches
 
 
 @pytest.mark.parametrize("kind", AWKWARD)
@@ -64,6 +67,10 @@ def test_inputs_that_hardly_vary_get_no_weights_that_rounding_to_8_bits_cannot_b
     assert errors["each entry"][1] > 5 * errors["ours"][1]
 
 
+def damped_by_the_mean(hessian):
+    return hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+
+
 def test_damping_is_not_drowned_by_a_sink():
     """Four tokens of a thousand have activations a thousand times as large in three inputs."""
     inputs = inputs_with_a_sink(1000, 128)
@@ -71,10 +78,53 @@ def test_damping_is_not_drowned_by_a_sink():
     ordinary = inputs[4:].T @ inputs[4:]
     hessian = 2 / 1000 * inputs.T @ inputs
     errors = {}
-    for name, damped in (("by the mean", hessian + 0.01 * hessian.diagonal().mean() * torch.eye(128)), ("ours", hessian)):
+    for name, damped in (("by the mean", damped_by_the_mean(hessian)), ("ours", hessian)):
         ((found, _),) = sparsegpt([weight], damped, 0.7, damping=1e-9 if name == "by the mean" else 0.01)
         errors[name] = error_of(weight, found, ordinary)
     assert errors["ours"] < 0.8 * errors["by the mean"]
+
+
+@torch.no_grad()
+def model_with_a_sink(strength: float):
+    """A model in which the first token of a block gives three inputs of the first down projection `strength`² times its size.
+
+    Its other words lie in four dimensions, so that what is kept can make up for what is removed.
+    """
+    model = tiny_model("llama", vocab_size=VOCABULARY + 1)
+    generator = torch.Generator().manual_seed(5)
+    words, block = model.get_input_embeddings().weight, model.model.layers[0]
+    words.copy_(torch.randn(len(words), 4, generator=generator) @ torch.randn(4, words.shape[1], generator=generator))
+    words[:, 0] = 0
+    words[VOCABULARY] = 10 * torch.eye(words.shape[1])[0]  # in a dimension of its own, which attention does not write to
+    block.self_attn.o_proj.weight[0] = 0
+    for projection in (block.mlp.gate_proj, block.mlp.up_proj):
+        projection.weight[[3, 17, 40], 0] = strength
+    return model
+
+
+def text_behind_the_first_token(rows: int, seed: int) -> torch.Tensor:
+    text = torch.randint(VOCABULARY, (rows, 63), generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.pad(text, (1, 0), value=VOCABULARY)
+
+
+@torch.no_grad()
+def test_a_sink_at_the_first_token_costs_the_text_less_than_with_damping_by_the_mean():
+    divergence = {}
+    for strength in (0.0, 12.0):
+        model, held_out = model_with_a_sink(strength), text_behind_the_first_token(4, seed=2)
+        block, batches = model.model.layers[0], first_batches(model, text_behind_the_first_token(16, seed=1))
+        (group,) = hessians(block, observe(block, batches, ["mlp.down_proj"]), "block")
+        diagonal = group.hessian.diagonal()
+        assert (diagonal.mean() > 1000 * diagonal.median()) == bool(strength)
+        weight = block.mlp.down_proj.weight.data
+        dense, wanted = weight.clone(), model(input_ids=held_out).logits[:, 1:].log_softmax(-1)
+        for name, hessian in (("by the mean", damped_by_the_mean(group.hessian)), ("ours", group.hessian)):
+            ((pruned, _),) = sparsegpt([dense], hessian, 0.7, damping=0.01 if name == "ours" else 1e-9)
+            weight.copy_(pruned)
+            found = model(input_ids=held_out).logits[:, 1:].log_softmax(-1)
+            divergence[strength, name] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+    assert divergence[12.0, "ours"] < 0.6 * divergence[12.0, "by the mean"]
+    assert divergence[0.0, "ours"] == pytest.approx(divergence[0.0, "by the mean"], rel=0.25)  # without a sink
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.3333, 0.7, 0.999])

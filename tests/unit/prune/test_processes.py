@@ -161,7 +161,7 @@ def test_what_one_process_finds_wrong_ends_all_in_one_line_and_leaves_nothing(fo
     save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
     _, err = finish(start(tmp_path, corpus, "out", 2, skip_ppl_eval=True), code=2)
     assert err == (
-        "error: dtype must hold the activations: the Hessian of model.layers.1 mlp.gate_proj is not finite; try bfloat16\n"
+        "error: dtype must hold the activations: the Hessian of model.layers.1.mlp.gate_proj is not finite; try bfloat16\n"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 

@@ -1,5 +1,6 @@
 """Pruning a model: its structure, Hessians, masks of whole checkpoints, and what a killed run goes on from."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,43 @@ def test_experts_that_see_no_token_are_an_error(model):
         match="^nsamples must be large enough for block.idle to see at least 1 of the tokens, it saw 0;",
     ):
         hessians(blocks[0], observe(blocks[0], batches), "block")
+
+
+def test_activations_that_are_not_finite_are_an_error_with_the_layer_they_begin_at(model):
+    """Before anything is computed from them, and in the order of the calls, whatever the order of the layers in the block."""
+    block = find_blocks("dense_model", model)[1][0]
+    with torch.no_grad():
+        block.self_attn.v_proj.weight[3, 5] = torch.inf
+    block.self_attn = block._modules.pop("self_attn")
+    assert next(iter(matrices(block))) == "mlp.gate_proj"
+    rule = "^dtype must hold the activations: the Hessian of model.layers.0.self_attn.o_proj is not finite; try bfloat16$"
+    with pytest.raises(ValueError, match=rule):
+        hessians(block, observe(block, first_batches(model, ids(2, 16))), "model.layers.0")
+
+
+def test_activations_of_the_dense_model_that_are_not_finite_are_an_error_too(model):
+    block = find_blocks("dense_model", model)[1][0]
+    dense = copy.deepcopy(block)
+    with torch.no_grad():
+        dense.mlp.up_proj.weight[3, 5] = torch.nan
+    batches = first_batches(model, ids(2, 16))
+    rule = "^dtype must hold the activations: the Hessian of model.layers.0.mlp.down_proj is not finite; try bfloat16$"
+    with pytest.raises(ValueError, match=rule):
+        hessians(block, observe(block, batches, None, (dense, batches)), "model.layers.0")
+
+
+def test_activations_of_evaluation_text_that_are_not_finite_are_an_error_before_anything_is_pruned(tmp_path, monkeypatch):
+    model, work = tiny_model(), SharedWork(tmp_path / "work", "pruning")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = torch.inf
+    evaluation = ids(3, 16)
+    calibration = evaluation.clone()
+    calibration[calibration == 7] = 8
+    evaluation[2, 5] = 7
+    monkeypatch.setattr(blocks, "prune_layers", None)
+    rule = "^dtype must hold the activations: the output of model.layers.0.input_layernorm is not finite; try bfloat16$"
+    with pytest.raises(ValueError, match=rule):
+        prune_model(walk_of(model, tmp_path / "dense"), work, calibration, evaluation, settings())
 
 
 def test_qwen3_has_its_norms_left_alone(tmp_path):

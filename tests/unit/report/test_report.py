@@ -13,9 +13,10 @@ import pytest
 from components.core.history import REPORT_PAGE, REPORT_SUMMARY, StageRecord
 from components.report import text
 from components.report.config import ReportConfig
+from components.report.page import FIRST_TOKENS
 from components.report.plots import POINTS, draw
 from components.report.stage import run
-from components.report.summary import summarize
+from components.report.summary import MODEL_NAMES, summarize
 from tests.unit.report.conftest import PASSED, SOURCE, Records, full, loaded, write
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -182,6 +183,33 @@ def test_perplexities_of_different_texts_are_not_compared(report: Report) -> Non
     assert "on different texts" in page
     assert "+103.7%" not in page
     assert "Measured on another text, so not shown: int8." in page
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({}, "."),
+        (dict.fromkeys(("sparse", "student", "int8", "fp8"), "always"), f", {FIRST_TOKENS['always']}."),
+        (dict.fromkeys(("sparse", "student", "int8", "fp8"), "never"), f", {FIRST_TOKENS['never']}."),
+        (
+            {"sparse": "always", "int8": "never"},
+            f", {FIRST_TOKENS['always']} (dense, pruned), or {FIRST_TOKENS['never']} (int8).",
+        ),
+    ],
+    ids=["unknown", "always", "never", "both"],
+)
+def test_the_first_token_of_the_blocks_is_told(report: Report, choices: dict[str, str], words: str) -> None:
+    records = full()
+    for name, bos in choices.items():
+        records[name]["measured"]["bos"] = bos
+    page, summary, _ = report(records)
+    assert [told for told in Shape(page).words if told.startswith("Perplexity is ")] == [
+        f"Perplexity is per token, over non-overlapping blocks{words}"
+    ]
+    assert {row["name"]: row["bos"] for row in summary["rows"] if row["bos"]} == (
+        {MODEL_NAMES.get(records[name]["stage"], name): bos for name, bos in choices.items()}
+        | ({"dense": choices["sparse"]} if choices else {})
+    )
 
 
 def test_violation_is_shown(report: Report) -> None:

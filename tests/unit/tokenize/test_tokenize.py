@@ -88,7 +88,7 @@ def save_as_tokens(folder: Path, text: str) -> str:
     """A tokens folder with the training text as its evaluation text."""
     tokenizer = tiny_tokenizer()
     ids = torch.tensor(tokenizer(text)["input_ids"])
-    held_out = TokenBlocks(ids[: len(ids) // 128 * 128].view(-1, 128), "text", tokenizer_fingerprint(tokenizer))
+    held_out = TokenBlocks(ids[: len(ids) // 128 * 128].view(-1, 128), "text", tokenizer_fingerprint(tokenizer), "never")
     folder.mkdir()
     save_tokens({"eval": held_out}, folder)
     return str(folder)
