@@ -7,7 +7,7 @@ import copy
 import functools
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,12 @@ class Texts:
 
 
 def prune_model(
-    walk: Walk, work: SharedWork, calibration: Tensor, evaluation: Tensor | None, config: PruneConfig
+    walk: Walk,
+    work: SharedWork,
+    calibration: Tensor,
+    evaluation: Tensor | None,
+    sparsities: Mapping[str, float],
+    config: PruneConfig,
 ) -> dict[str, float]:
     """Prune a model and write it, part by part, to the work's folder; goes on after the blocks that are finished.
 
@@ -72,6 +77,7 @@ def prune_model(
             trained before and after.
         calibration: ids [nsamples, seq_len].
         evaluation: ids [blocks, seq_len], or None.
+        sparsities: the share of zeros that each weight matrix is to have, by name.
         config: the stage's settings.
 
     Returns:
@@ -86,7 +92,7 @@ def prune_model(
         texts = begin(walk, work.folder, calibration, evaluation, recipe_of(config).needs_dense, fresh=done == 0)
     for index in track(range(done, len(walk.blocks)), "pruning blocks", len(walk.blocks) - done):
         with walk.block(index) as block:
-            result = prune_block(walk, block, index, texts, work.folder, config)
+            result = prune_block(walk, block, index, texts, sparsities, work.folder, config)
         files = [part_file(work.folder, index + 1), mask_part(work.folder, index)]
         states = [stream.before(index + 1) for stream in texts.streams()]
         work.commit(result, [part_file(work.folder, 0), *files] if index == 0 else files, states)
@@ -121,7 +127,15 @@ def share(rows: Tensor) -> Tensor:
     return rows.tensor_split(process_count())[rank()]
 
 
-def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: Path, config: PruneConfig) -> dict[str, Any]:
+def prune_block(
+    walk: Walk,
+    block: nn.Module,
+    index: int,
+    texts: Texts,
+    sparsities: Mapping[str, float],
+    folder: Path,
+    config: PruneConfig,
+) -> dict[str, Any]:
     """Prune a block's linear layers, write them with their mask, and let the texts go through; returns the block's result."""
     prefix, recipe = f"{walk.name}.{index}", recipe_of(config)
     with together():
@@ -137,7 +151,7 @@ def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: 
         with together():
             pairs = (dense, texts.reference.batches(index, walk.device)) if dense and texts.reference else None
             observed = observe(block, texts.calibration.batches(index, walk.device), names, pairs)
-        prune_groups(block, hessians(block, observed, prefix), layers, prefix, config)
+        prune_groups(block, hessians(block, observed, prefix), sparsities, layers, prefix, config)
     result: dict[str, Any] = {}
     if recipe.reconstruct == "block" and texts.reference:
         examples = functools.partial(targets, walk, index, texts.calibration, texts.reference)
@@ -147,7 +161,7 @@ def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: 
     with together():
         kept = {f"{prefix}.{name}.weight": layers.masks[name].cpu() for name in linears(block)}
         state = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
-        check = integrity(state, Mask(kept, config.pattern, config.sparsity))
+        check = integrity(state, Mask(kept, config.pattern, sparsities))
         enforce(check)
         if is_main():
             save_tensors(walk.weights.stored_names(state), part_file(folder, index + 1))
@@ -168,7 +182,14 @@ class Layers:
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def prune_groups(block: nn.Module, groups: list[Group], layers: Layers, prefix: str, config: PruneConfig) -> None:
+def prune_groups(
+    block: nn.Module,
+    groups: list[Group],
+    sparsities: Mapping[str, float],
+    layers: Layers,
+    prefix: str,
+    config: PruneConfig,
+) -> None:
     """Prune groups of a block's layers in place, each in its process, and add them to `layers` in all."""
     measured: dict[str, dict[str, Any]] = {}
     with together():
@@ -178,7 +199,8 @@ def prune_groups(block: nn.Module, groups: list[Group], layers: Layers, prefix: 
             start = time.monotonic()
             weights = [block.get_parameter(f"{name}.weight").data for name in group.names]
             what = ", ".join(f"{prefix}.{name}" for name in group.names)
-            found = prune_layers(weights, group.hessian, config, what, group.cross)
+            wanted = [sparsities[f"{prefix}.{name}.weight"] for name in group.names]
+            found = prune_layers(weights, group.hessian, wanted, config, what, group.cross)
             seconds = round((time.monotonic() - start) / len(group.names), 4)
             for name, weight, pruned in zip(group.names, weights, found, strict=True):
                 weight.copy_(pruned.weight)

@@ -29,8 +29,9 @@ from components.core.tokens import TokenBlocks, count_overlaps, id_fingerprint, 
 from components.core.walk.walk import Walk
 from components.core.walk.work import SharedWork, work_key
 from components.prune.blocks import mask_part, prune_model
-from components.prune.config import PruneConfig
+from components.prune.config import UNIFORM, PruneConfig
 from components.prune.recipe import recipe_of
+from components.prune.trials import allocate
 
 
 def run(config: PruneConfig) -> StageRecord:
@@ -98,7 +99,9 @@ def prune(config: PruneConfig, folder: Path, model_config: Any, device: torch.de
                 streams = 2 if recipe_of(config).needs_dense else 1
                 texts = [calibration.ids] * streams + ([evaluation.ids] * 2 if evaluation else [])
                 check_room("output_dir", config.output_dir, walk.disk(texts), ", with the hidden states on their way")
-        measured = prune_model(walk, work, calibration.ids, evaluation.ids if evaluation else None, config)
+        allocation = allocate(walk, place, calibration.ids, config)
+        sparsities = allocation.sparsities
+        measured = prune_model(walk, work, calibration.ids, evaluation.ids if evaluation else None, sparsities, config)
         if evaluation:
             log_perplexity("before_pruning", measured["perplexity_before"])
             log_perplexity("after_pruning", measured["perplexity"])
@@ -106,7 +109,8 @@ def prune(config: PruneConfig, folder: Path, model_config: Any, device: torch.de
         with processes.together():
             layers = [layer for block in work.results for layer in block["layers"]]
             shapes = {layer["name"]: layer.pop("shape") for layer in layers}
-            result.details["layers"] = layers
+            result.details |= {"layers": layers, "allocations": allocation.as_json()}
+            result.measured["allocation"] = allocation.name
             result.measured |= report_dense(walk.model, shapes)
             result.measured["sparsity"] = total_sparsity(layers, shapes)
             checks = [block["sparse_integrity_check"] for block in work.results]
@@ -116,7 +120,8 @@ def prune(config: PruneConfig, folder: Path, model_config: Any, device: torch.de
                 finish_checkpoint(walk.model, tokenizer, parts, dtype, output)
                 masks = [mask_part(place, index) for index in range(len(walk.blocks))]
                 mask_file = place / Path(config.mask_file).name if config.mask_file else output / MASK_FILE
-                join_mask(masks, mask_file, config.pattern, config.sparsity, shapes)
+                asked = config.sparsity if allocation.name == UNIFORM else sparsities
+                join_mask(masks, mask_file, config.pattern, asked, shapes)
                 result.measured |= watch.read()
                 write_history(output, source_history(config.dense_model, folder), result, folder)
     log(f"pruned to {result.measured['sparsity']:.4f} sparsity in {watch.read()['seconds']:.0f} s: {config.output_dir}")

@@ -14,7 +14,7 @@ from components.prune.calibration import hessians, in_order, observe
 from components.prune.conditioning import inverse_factor
 from components.prune.layers import best_weight, prune_layers
 from components.prune.recipe import EFFORTS, Recipe, recipe_of
-from components.prune.trials import matrices_of
+from components.prune.trials import layers_of
 from tests.conftest import tiny_model
 from tests.unit.prune.layers import error_of, layer, sparsegpt
 from tests.unit.prune.test_prune import ids, prune, settings
@@ -154,6 +154,6 @@ def output_error(weights, tokens):
 
 def test_a_block_that_is_trained_says_so(tmp_path):
     walk, work = walk_of(tiny_model("llama"), tmp_path / "dense"), SharedWork(tmp_path / "work", "pruning")
-    blocks.prune_model(walk, work, ids(8, 32), None, dict.fromkeys(matrices_of(walk), 0.7), settings(reconstruct="block"))
+    blocks.prune_model(walk, work, ids(8, 32), None, dict.fromkeys(layers_of(walk), 0.7), settings(reconstruct="block"))
     for block in work.results:
         assert 0 < block["reconstruction"]["error_after"] < block["reconstruction"]["error_before"]

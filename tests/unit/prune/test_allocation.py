@@ -1,0 +1,201 @@
+"""Uneven sparsity: exact totals, plans compared with literal references, and a choice that brings the model closer."""
+
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from components.core.blocks import find_blocks, linears
+from components.core.mask.integrity import integrity
+from components.core.mask.mask import Mask, load_mask, pruned_count
+from components.prune import trials
+from components.prune.allocation import Layer, budgeted, first_plans, kinds, owl, second_plans, slope
+from components.prune.config import HIGHEST, UNIFORM, PruneConfig
+from components.prune.stage import run
+from components.prune.trials import allocate, layers_of, try_out
+from tests.conftest import save_tiny, tiny_model
+from tests.unit.prune.layers import sparsegpt
+from tests.unit.prune.test_prune import ids, settings
+from tests.walks import walk_of
+
+# two kinds of layers in each of four blocks
+LAYERS = {f"{block}.{kind}": Layer(block, kind, size) for block in range(4) for kind, size in (("up", 1000), ("down", 500))}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.3333, 0.7, 0.949])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_budget_is_exact_and_within_bounds(sparsity, seed):
+    chance = random.Random(seed)
+    layers = {str(number): Layer(number, "any", chance.randint(30, 5000)) for number in range(50)}
+    plan = {name: chance.uniform(-1, 1) * chance.choice((0.05, 0.5)) for name in layers}
+    found = budgeted(plan, layers, sparsity)
+    counts = {name: pruned_count(found[name], layer.size) for name, layer in layers.items()}
+    total = sum(layer.size for layer in layers.values())
+    assert sum(counts.values()) == pruned_count(sparsity, total)
+    assert list(found) == list(layers)
+    for name, layer in layers.items():
+        assert 0 <= counts[name] <= layer.size * HIGHEST + 1
+        assert counts[name] < layer.size
+        assert found[name] * layer.size == pytest.approx(counts[name])
+
+
+def test_a_budget_follows_the_plan_where_no_bound_is_met():
+    found = budgeted({name: 0.1 if layer.kind == "up" else 0.0 for name, layer in LAYERS.items()}, LAYERS, 0.7)
+    assert {found[name] for name, layer in LAYERS.items() if layer.kind == "up"} == {0.667}  # of 0.6667
+    assert {found[name] for name, layer in LAYERS.items() if layer.kind == "down"} == {0.766}  # of 0.7667
+
+
+def test_layers_of_a_few_weights_keep_one():
+    layers = {"tiny": Layer(0, "gate", 3), "large": Layer(0, "up", 10_000)}
+    found = budgeted({"tiny": -1.0}, layers, 0.9)
+    assert pruned_count(found["tiny"], 3) == 2
+
+
+def test_a_slope_is_linear_over_depth():
+    assert slope(LAYERS, 0.06) == pytest.approx(
+        {f"{block}.{kind}": value for block, value in enumerate((0.06, 0.02, -0.02, -0.06)) for kind in ("up", "down")}
+    )
+    assert set(slope({"only": Layer(0, "up", 10)}, 0.1).values()) == {0.1}
+
+
+def test_owl_is_that_of_the_paper():
+    """As in the public code: ratios scaled to a range of 2λ, less their mean, added to the density."""
+    outliers = [0.01, 0.05, 0.02, 0.02]
+    scaled = [(share - min(outliers)) / (max(outliers) - min(outliers)) * 0.08 * 2 for share in outliers]
+    wanted = [1 - (each - sum(scaled) / 4 + 1 - 0.7) for each in scaled]
+    found = budgeted(owl(LAYERS, outliers), LAYERS, 0.7)
+    for name, layer in LAYERS.items():
+        assert found[name] == pytest.approx(wanted[layer.block], abs=1 / layer.size)
+    assert set(owl(LAYERS, [0.02] * 4).values()) == {0.0}
+
+
+def test_kinds_are_denser_together():
+    found = kinds(LAYERS, {"down": 0.05})
+    assert found == {name: 0.05 if layer.kind == "down" else 0.0 for name, layer in LAYERS.items()}
+
+
+def test_a_search_goes_on_from_what_its_first_walk_has_shown():
+    first = first_plans("search", LAYERS)
+    assert next(iter(first)) == UNIFORM
+    assert set(first[UNIFORM].values()) == {0.0}
+    divergences = dict.fromkeys(first, 1.0) | {"up +0.05": 1.2, "down +0.05": 0.8, "slope -0.05": 0.9}
+    second = second_plans("search", LAYERS, divergences, [0.01, 0.05, 0.02, 0.02])
+    assert list(second) == ["owl", "kinds", "owl, kinds", "slope -0.05, kinds"]
+    # by the gain for each weight: 0.2 for 2,000 weights of `down`, -0.2 for 4,000 of `up`
+    assert second["kinds"] == pytest.approx(kinds(LAYERS, {"down": 0.1, "up": -0.05}))
+    for name in ("owl", "slope -0.05"):
+        alone = second.get(name) or first[name]
+        assert second[f"{name}, kinds"] == pytest.approx({key: alone[key] + second["kinds"][key] for key in LAYERS})
+    assert list(second_plans("search", LAYERS, dict.fromkeys(first, 1.0), [0.01] * 4)) == ["owl", "kinds", "owl, kinds"]
+
+
+def planted(outliers: int, matters: int):
+    """A model in which a block has outliers, a few weights that do most of what it does, and one block alone has an effect."""
+    model = tiny_model("llama", num_hidden_layers=4)
+    with torch.no_grad():
+        for index, block in enumerate(find_blocks("dense_model", model)[1]):
+            for name, layer in linears(block).items():
+                if index == outliers:
+                    layer.weight.copy_(layer.weight.sign() * layer.weight.abs() ** 4 / (layer.weight.abs() ** 3).mean())
+                if index != matters and name in ("self_attn.o_proj", "mlp.down_proj"):
+                    layer.weight.mul_(1e-4)
+    return model
+
+
+def allocated(model, folder, allocation):
+    """The allocation for a model, and the mean sparsity of each block."""
+    walk = walk_of(model, folder / "dense")
+    found = allocate(walk, folder / "work", ids(16, 32), settings(output_dir=str(folder / "out"), allocation=allocation))
+    layers = layers_of(walk)
+    removed = [0] * 4
+    for name, layer in layers.items():
+        removed[layer.block] += pruned_count(found.sparsities[name], layer.size)
+    total = sum(layer.size for layer in layers.values())
+    return found, [4 * count / total for count in removed]
+
+
+@pytest.mark.parametrize("allocation", ["slope", "owl", "search"])
+def test_a_block_that_needs_more_weights_gets_them(tmp_path, allocation):
+    found, sparsities = allocated(planted(0, 0), tmp_path, allocation)
+    assert found.name != UNIFORM
+    assert sparsities[0] <= 0.601
+    assert sparsities[0] == min(sparsities)
+    assert found.divergences[found.name] == min(found.divergences.values()) < 0.5 * found.divergences[UNIFORM]
+    assert sum(sparsities) / 4 == pytest.approx(0.7, abs=1e-5)
+
+
+@pytest.mark.parametrize("allocation", ["slope", "owl"])
+def test_what_brings_the_model_no_closer_is_not_taken(tmp_path, allocation, capsys):
+    found, sparsities = allocated(planted(outliers=0, matters=3), tmp_path, allocation)
+    assert found.name == UNIFORM
+    assert sparsities == pytest.approx([0.7] * 4, abs=1e-3)
+    assert "allocation: uniform is taken, no other is closer to the dense model" in capsys.readouterr().out
+    assert [entry["chosen"] for entry in found.as_json()] == [True, False]
+
+
+def test_a_uniform_allocation_costs_no_walk(tmp_path, monkeypatch):
+    monkeypatch.delattr(trials, "try_out")
+    found, _ = allocated(tiny_model("llama", num_hidden_layers=4), tmp_path, UNIFORM)
+    assert set(found.sparsities.values()) == {0.7}
+    assert found.as_json() == []
+
+
+def test_divergences_are_those_of_models_that_are_pruned_alike(tmp_path):
+    """Against whole models: SparseGPT with Hessians of the dense model, and KL in float64."""
+    model = tiny_model("llama")
+    walk = walk_of(model, tmp_path / "dense")
+    text = ids(8, 32)
+    layers = layers_of(walk)
+    candidates = {UNIFORM: dict.fromkeys(layers, 0.7), "slope": budgeted(slope(layers, 0.2), layers, 0.7)}
+    (tmp_path / "work").mkdir()
+    found = try_out(walk, tmp_path / "work", text, candidates, settings(output_dir=str(tmp_path / "out")))
+    assert list((tmp_path / "work").glob("*.[01]")) == []  # hidden states
+    inputs, compared = text[:2], text[2:4]
+    seen = {}
+    hooks = [
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: args[0].flatten(0, 1)})
+        )
+        for name in layers
+    ]
+    with torch.no_grad():
+        model(input_ids=inputs)
+        for hook in hooks:
+            hook.remove()
+        wanted = model(input_ids=compared).logits.double().log_softmax(-1)
+        dense = {name: model.get_parameter(name).clone() for name in layers}
+        for candidate, sparsities in candidates.items():
+            for name, sparsity in sparsities.items():
+                hessian = 2 / len(seen[name]) * seen[name].T @ seen[name]
+                ((weight, _),) = sparsegpt([dense[name]], hessian, sparsity, normalise=True)
+                model.get_parameter(name).copy_(weight)
+            pruned = model(input_ids=compared).logits.double().log_softmax(-1)
+            divergence = (wanted.exp() * (wanted - pruned)).sum(-1).mean()
+            assert found.divergences[candidate] == pytest.approx(float(divergence), rel=1e-3)
+    for block, outliers in enumerate(found.outliers):
+        scores = torch.cat(
+            [(dense[n].abs() * seen[n].square().sum(0).sqrt()).flatten() for n, e in layers.items() if e.block == block]
+        )
+        assert outliers == pytest.approx(float((scores > 5 * scores.mean()).float().mean()))
+
+
+def test_the_total_of_a_run_is_exact_and_its_mask_tells_each_layers_share(tmp_path, corpus):
+    """And the later stages' check of the mask is that of each layer."""
+    save_tiny(tmp_path / "dense", num_hidden_layers=3)
+    places = {"dense_model": str(tmp_path / "dense"), "calibration_data": str(corpus), "output_dir": str(tmp_path / "out")}
+    config = PruneConfig(**places, allocation="search", sparsity=0.63, nsamples=8, seq_len=32, skip_ppl_eval=True)
+    record = run(config)
+    mask, weights = load_mask(tmp_path / "out"), load_file(tmp_path / "out" / "model.safetensors")
+    kept = {name: int(tensor.sum()) for name, tensor in mask.tensors.items()}
+    total = sum(tensor.numel() for tensor in mask.tensors.values())
+    assert total - sum(kept.values()) == pruned_count(0.63, total)
+    assert record.measured["sparsity"] == (total - sum(kept.values())) / total
+    assert isinstance(mask.sparsity, dict)
+    assert len(set(mask.sparsity.values())) > 1
+    assert integrity(weights, mask)["passed"]
+    first = next(iter(mask.tensors))
+    other = Mask(mask.tensors, sparsity=mask.sparsity | {first: 0.5})
+    assert list(integrity(weights, other)["tensors"]) == [first]
+    chosen = [entry["name"] for entry in record.details["allocations"] if entry["chosen"]]
+    assert [record.measured["allocation"]] == chosen != [UNIFORM]
