@@ -23,12 +23,12 @@ OUTLIER, RANGE = 5.0, 0.08  # M and λ, the values of the paper's experiments
 SLOPES = (0.1, 0.05, -0.05)
 KIND, STEP = 0.05, 0.1
 
-Plan = Mapping[str, float]  # name of a weight layer → by how much denser it is to be, as a share of its weights
+Plan = Mapping[str, float]  # name of a layer's weight → by how much denser it is to be, as a share of its weights
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight layer: the number of its block, its kind (its name within the block without numbers), and its weights."""
+    """A linear layer: the number of its block, its kind (its name within the block without numbers), and its weights."""
 
     block: int
     kind: str

@@ -7,7 +7,7 @@ KL(dense ‖ pruned) of the predictions of its tokens is compared.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from components.prune.conditioning import input_scales, inverse_factor
 from components.prune.config import QUARTERS, UNIFORM, PruneConfig
 from components.prune.sparsegpt import sparsegpt
 
-Sparsities = Mapping[str, float]  # name of a weight layer → share of zeros
+Sparsities = Mapping[str, float]  # name of a layer's weight → share of zeros
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Texts:
 
 
 def layers_of(walk: Walk) -> dict[str, Layer]:
-    """The weight layers of a model's blocks, by name."""
+    """The linear layers of a model's blocks, by the names of their weights."""
     return {
         f"{walk.name}.{index}.{name}.weight": Layer(index, kind_of(name), layer.weight.numel())
         for index, block in enumerate(walk.blocks)
@@ -126,7 +126,7 @@ def allocate(walk: Walk, place: Path, calibration: Tensor, config: PruneConfig) 
 
 
 def planned(plans: Mapping[str, Plan], layers: Mapping[str, Layer], config: PruneConfig) -> dict[str, Sparsities]:
-    """The sparsities of each plan; without a plan, they are those of every layer alone."""
+    """The sparsities of each plan. In the uniform one, each layer has exactly its own share, as where nothing is tried."""
     even = dict.fromkeys(layers, config.sparsity)
     return {name: budgeted(plan, layers, config.sparsity) if name != UNIFORM else even for name, plan in plans.items()}
 
@@ -216,18 +216,21 @@ def try_block(
     return outliers
 
 
+@torch.no_grad()
 def outlier_share(block: nn.Module, groups: list[Group]) -> float:
     """The share of a block's Wanda scores |W| · ‖X‖₂ that are above `OUTLIER` times their mean; all processes call this."""
-    mine = [
-        (block.get_parameter(f"{name}.weight").detach().float(), input_scales(group.hessian)[0])
-        for group in groups
-        if group.hessian is not None
-        for name in group.names
-    ]
-    sums = from_all((sum(float((weight.abs() @ scale).sum()) for weight, scale in mine), sum(w.numel() for w, _ in mine)))
+
+    def scores() -> Iterator[Tensor]:
+        for group in groups:
+            if group.hessian is not None:
+                scales = input_scales(group.hessian)[0]
+                for name in group.names:
+                    yield block.get_parameter(f"{name}.weight").float().abs() * scales  # [out, in]
+
+    sums = [each for found in from_all([(float(part.sum()), part.numel()) for part in scores()]) for each in found]
     count: int = sum(numel for _, numel in sums)
     limit = OUTLIER * sum(total for total, _ in sums) / count
-    return sum(from_all(sum(int((weight.abs() * scale > limit).sum()) for weight, scale in mine))) / count
+    return sum(from_all(sum(int((part > limit).sum()) for part in scores()))) / count
 
 
 @torch.no_grad()
@@ -246,7 +249,8 @@ def compare(walk: Walk, texts: Texts) -> dict[str, float]:
     everywhere = from_all((sums, texts.dense.ids.numel()))
     tokens = sum(count for _, count in everywhere)
     means = {name: sum(found[name] for found, _ in everywhere) / tokens for name in sums}
-    for name, mean in means.items():
-        if not math.isfinite(mean):
-            raise ValueError(f"dtype must hold the activations: the KL of allocation {name} is {mean}; try bfloat16 or float32")
+    with together():
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise ValueError(f"dtype must hold the activations: the KL of allocation {name} is {mean}; try bfloat16")
     return means
