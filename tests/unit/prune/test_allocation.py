@@ -1,6 +1,7 @@
 """Uneven sparsity: exact totals, plans compared with literal references, and a choice that brings the model closer."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -199,3 +200,18 @@ def test_the_total_of_a_run_is_exact_and_its_mask_tells_each_layers_share(tmp_pa
     assert list(integrity(weights, other)["tensors"]) == [first]
     chosen = [entry["name"] for entry in record.details["allocations"] if entry["chosen"]]
     assert [record.measured["allocation"]] == chosen != [UNIFORM]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"allocation": "random"}, "allocation must be one of uniform, slope, owl, search, got 'random'"),
+        ({"allocation": "owl", "pattern": "2:4", "sparsity": 0.5}, "allocation must be uniform for pattern 2:4, got owl"),
+        ({"allocation": "slope", "sparsity": 0.95}, "sparsity must be below 0.95 for allocation slope, got 0.95"),
+        ({"allocation": "search", "nsamples": 3}, "nsamples must be at least 4 for allocation search, got 3"),
+        ({"allocation": "owl", "nsamples": 7, "nproc_per_node": 2}, "nsamples must be at least 8 for allocation owl, got 7"),
+    ],
+)
+def test_settings_that_allow_no_uneven_allocation_are_refused(changes, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        settings(**changes)
