@@ -7,12 +7,11 @@ denser or sparser alike until the total is right, within bounds that no layer cr
     owl:   by the outliers of a block (Yin et al., "Outlier Weighed Layerwise Sparsity", 2024, section 3): with the Wanda scores
            A = |W| · ‖X‖₂ of all its layers, the share D of entries above M times their mean; densities are linear in D, from
            the fewest to the most, in a range of 2λ
-    kinds: some kinds of layers denser than others, such as all `self_attn.o_proj`
+    parts: one part of every block denser than the others, such as attention
 
 Unlike in the paper, layers that differ in size have sparsities whose total is exact; the paper's have the mean of the blocks.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,18 +19,18 @@ from components.core.mask.mask import pruned_count
 from components.prune.config import HIGHEST, UNIFORM
 
 OUTLIER, RANGE = 5.0, 0.08  # M and λ, the values of the paper's experiments
-SLOPES = (0.1, 0.05, -0.05)
-KIND, STEP = 0.05, 0.1
+SLOPES = (0.1, 0.05, -0.05)  # d; the first is what `slope` means: of 0.05, 0.1 and 0.15, it did best for SmolLM2 at 70 %
+PART = 0.05  # by how much a part of all blocks is denser
 
 Plan = Mapping[str, float]  # name of a layer's weight → by how much denser it is to be, as a share of its weights
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer: the number of its block, its kind (its name within the block without numbers), and its weights."""
+    """A linear layer: the number of its block, the part of it that the layer is in, and the number of its weights."""
 
     block: int
-    kind: str
+    part: str
     size: int
 
 
@@ -73,9 +72,9 @@ def owl(layers: Mapping[str, Layer], outliers: Sequence[float]) -> Plan:
     return {name: 2 * RANGE * (outliers[layer.block] - lowest) / spread for name, layer in layers.items()}
 
 
-def kinds(layers: Mapping[str, Layer], denser: Mapping[str, float]) -> Plan:
-    """By kind of layer; those that are not named are as they are."""
-    return {name: denser.get(layer.kind, 0.0) for name, layer in layers.items()}
+def denser(layers: Mapping[str, Layer], part: str) -> Plan:
+    """The layers of one part of every block, such as attention, denser by `PART`."""
+    return {name: PART if layer.part == part else 0.0 for name, layer in layers.items()}
 
 
 def added(*plans: Plan) -> Plan:
@@ -90,11 +89,9 @@ def first_plans(allocation: str, layers: Mapping[str, Layer]) -> dict[str, Plan]
         allocation: that of the settings.
         layers: of the model, by name.
     """
-    strengths = {"slope": SLOPES[:1], "search": SLOPES}.get(allocation, ())
-    plans = {UNIFORM: slope(layers, 0)} | {f"slope {strength:+g}": slope(layers, strength) for strength in strengths}
+    plans = {UNIFORM: slope(layers, 0)} | _slopes(SLOPES if allocation == "search" else SLOPES[: allocation == "slope"], layers)
     if allocation == "search":
-        named = sorted({layer.kind for layer in layers.values()})
-        plans |= {f"{kind} {KIND:+g}": kinds(layers, {kind: KIND}) for kind in named}
+        plans |= _parts(layers)
     return plans
 
 
@@ -113,15 +110,18 @@ def second_plans(
         return {}
     plans = {"owl": owl(layers, outliers)}
     if allocation == "search":
-        sizes = Counter[str]()
-        for layer in layers.values():
-            sizes[layer.kind] += layer.size
-        gains = {kind: (divergences[UNIFORM] - divergences[f"{kind} {KIND:+g}"]) / size for kind, size in sizes.items()}
-        largest = max(abs(gain) for gain in gains.values()) or 1.0
-        together = kinds(layers, {kind: STEP * gain / largest for kind, gain in gains.items()})
-        first = first_plans(allocation, layers)
-        depth = min((name for name in first if name == UNIFORM or name.startswith("slope")), key=divergences.__getitem__)
-        plans |= {"kinds": together, "owl, kinds": added(plans["owl"], together)}
-        if depth != UNIFORM:
-            plans[f"{depth}, kinds"] = added(first[depth], together)
+        best = [min((UNIFORM, *some), key=divergences.__getitem__) for some in (_slopes(SLOPES, layers), _parts(layers))]
+        if UNIFORM not in best:
+            first = first_plans(allocation, layers)
+            plans[", ".join(best)] = added(*(first[name] for name in best))
     return plans
+
+
+def _slopes(strengths: Sequence[float], layers: Mapping[str, Layer]) -> dict[str, Plan]:
+    """The slopes to try, by name."""
+    return {f"slope {strength:+g}": slope(layers, strength) for strength in strengths}
+
+
+def _parts(layers: Mapping[str, Layer]) -> dict[str, Plan]:
+    """The parts of blocks to try, by name."""
+    return {f"{part} {PART:+g}": denser(layers, part) for part in sorted({layer.part for layer in layers.values()})}

@@ -71,16 +71,16 @@ def in_order(block: nn.Module, batches: Iterable[Batch]) -> list[list[str]]:
     """
     layers = linears(block)
     calls = calls_of(block, layers, next(iter(batches)), may_stop=False)
-    kinds = [sorted({kind_of(other) for other, tensor in calls if tensor is x}) for _, x in calls]
+    kinds = [sorted({_kind(other) for other, tensor in calls if tensor is x}) for _, x in calls]
     steps: list[list[str]] = []
-    for kind in (*from_all(kinds)[0], sorted({kind_of(name) for name in layers})):
+    for kind in (*from_all(kinds)[0], sorted({_kind(name) for name in layers})):
         done = {name for step in steps for name in step}
-        if step := [name for name in layers if kind_of(name) in kind and name not in done]:
+        if step := [name for name in layers if _kind(name) in kind and name not in done]:
             steps.append(step)
     return steps
 
 
-def kind_of(name: str) -> str:
+def _kind(name: str) -> str:
     """A layer's name without its numbers."""
     return re.sub(r"\d+", "*", name)
 

@@ -32,8 +32,8 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
     """`unstructured`, or N:M to keep N of every M consecutive weights in a row, e.g. 2:4."""
     allocation: str = UNIFORM
     """How the same total is distributed: `uniform` (each matrix alike), `slope` (early blocks denser), `owl` (blocks with
-    outliers denser), or `search`, which tries these and kinds of matrices. An uneven one is taken only if predictions on a part
-    of the calibration text then stay closer to the dense model's than with `uniform`."""
+    outliers denser), or `search`, which tries these and denser parts of blocks. An uneven one is taken only if predictions on
+    a part of the calibration text then stay closer to the dense model's than with `uniform`."""
     effort: str = "fast"
     """How much is done for the quality of the pruned model: `fast`, `balanced` or `best`. It sets method, refit, order, target,
     swaps and reconstruct, unless they are given."""

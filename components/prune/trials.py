@@ -1,14 +1,13 @@
 """Try allocations of sparsity on some of the calibration text, and take the one that changes the model's predictions least.
 
-In one walk the dense model and all candidates are run side by side. SparseGPT, without refit, prunes each block once for each
-candidate, with Hessians of the dense model's inputs, which are the same for all: a quarter of the calibration text goes through
-the dense blocks for them. Another quarter goes through the dense blocks and through those of each candidate, and in the end
-KL(dense ‖ pruned) of the predictions of its tokens is compared.
+In one walk, two quarters of the text go through the dense model and, side by side, through those of all candidates. SparseGPT
+without refit prunes each block once for each candidate, with Hessians of the first quarter's inputs in the candidate's own
+blocks. In the end KL(dense ‖ pruned) of the predictions of the second quarter's tokens is compared.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,19 @@ from torch import Tensor, nn
 from components.core.blocks import linears
 from components.core.files import check_room
 from components.core.perplexity import token_divergences
-from components.core.processes import from_all, is_main, rank, spread, together
+from components.core.processes import from_all, is_main, rank, together
 from components.core.progress import log, track
 from components.core.walk.stream import Stream
 from components.core.walk.walk import Walk
 from components.core.walk.work import SharedWork
 from components.prune.allocation import OUTLIER, Layer, Plan, budgeted, first_plans, second_plans
-from components.prune.blocks import share
-from components.prune.calibration import Group, hessians, kind_of, observe
-from components.prune.conditioning import input_scales, inverse_factor
+from components.prune.blocks import Layers, prune_groups, share
+from components.prune.calibration import Group, hessians, observe
+from components.prune.conditioning import input_scales
 from components.prune.config import QUARTERS, UNIFORM, PruneConfig
-from components.prune.sparsegpt import sparsegpt
 
 Sparsities = Mapping[str, float]  # name of a layer's weight → share of zeros
+DENSE = "dense"  # beside the candidates
 
 
 @dataclass(frozen=True)
@@ -48,27 +47,21 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Texts:
-    """What goes through the blocks in this process: its share of the rows.
+    """What goes through the blocks of one model in this process: its share of the rows.
 
     Attributes:
-        inputs: for the Hessians, through the dense blocks.
-        dense: text to compare by, through the dense blocks.
-        pruned: the same, through the blocks of each candidate.
+        inputs: for the Hessians.
+        compared: for the comparison.
     """
 
     inputs: Stream
-    dense: Stream
-    pruned: dict[str, Stream]
-
-    def streams(self) -> list[Stream]:
-        """All of them."""
-        return [self.inputs, self.dense, *self.pruned.values()]
+    compared: Stream
 
 
 def layers_of(walk: Walk) -> dict[str, Layer]:
     """The linear layers of a model's blocks, by the names of their weights."""
     return {
-        f"{walk.name}.{index}.{name}.weight": Layer(index, kind_of(name), layer.weight.numel())
+        f"{walk.name}.{index}.{name}.weight": Layer(index, name.partition(".")[0], layer.weight.numel())
         for index, block in enumerate(walk.blocks)
         for name, layer in linears(block).items()
     }
@@ -148,17 +141,19 @@ def try_out(
     """
     work = SharedWork(folder, "allocation")
     done, count = len(work.results), len(walk.blocks)
+    plain = replace(config, effort="fast", method="sparsegpt", refit=0, swaps=0)
     if done < count:
         with together():
             texts = begin(walk, folder, calibration, candidates, config, fresh=done == 0)
+        streams = [stream for text in texts.values() for stream in (text.inputs, text.compared)]
         for index in track(range(done, count), "trying allocations", count - done):
             with walk.block(index) as block:
-                outliers = try_block(walk, block, index, texts, candidates, config)
+                outliers = try_block(walk, block, index, texts, candidates, plain)
             last = index + 1 == count
             divergences = compare(walk, texts) if last else {}
-            states = [] if last else [stream.before(index + 1) for stream in texts.streams()]
+            states = [] if last else [stream.before(index + 1) for stream in streams]
             work.commit({"outliers": outliers, "divergences": divergences}, activations=states)
-        for stream in texts.streams():
+        for stream in streams:
             for states_of in stream.files:
                 states_of.file.unlink()
     return Verdict(work.results[-1]["divergences"], [result["outliers"] for result in work.results])
@@ -166,53 +161,54 @@ def try_out(
 
 def begin(
     walk: Walk, folder: Path, calibration: Tensor, candidates: Mapping[str, Sparsities], config: PruneConfig, fresh: bool
-) -> Texts:
-    """Check the model and the disk, unless an earlier process has; returns this process's texts."""
+) -> dict[str, Texts]:
+    """Check the model and the disk, unless an earlier process has; returns this process's texts, see `Texts`."""
     inputs, compared, *_ = calibration.tensor_split(QUARTERS)
     if fresh:
         if is_main():
-            texts = [inputs, compared, *[compared] * len(candidates)]
-            check_room("output_dir", config.output_dir, walk.disk(texts), ", with the hidden states on their way")
+            room = walk.disk([inputs, compared] * (1 + len(candidates)))
+            check_room("output_dir", config.output_dir, room, ", with the hidden states on their way")
         walk.check()
     with walk.outside():
-        dense = walk.record(share(compared), folder, f"dense-{rank()}", fresh)
-        pruned = {
-            name: walk.twin(dense, folder, f"candidate-{number}-{rank()}", fresh) for number, name in enumerate(candidates)
-        }
-        return Texts(walk.record(share(inputs), folder, f"inputs-{rank()}", fresh), dense, pruned)
+        dense = Texts(
+            walk.record(share(inputs), folder, f"inputs-{rank()}", fresh),
+            walk.record(share(compared), folder, f"compared-{rank()}", fresh),
+        )
+        texts = {DENSE: dense}
+        for number, name in enumerate(candidates):
+            streams = {"inputs": dense.inputs, "compared": dense.compared}
+            twins = {kind: walk.twin(stream, folder, f"{kind}-{number}-{rank()}", fresh) for kind, stream in streams.items()}
+            texts[name] = Texts(**twins)
+    return texts
 
 
 @torch.no_grad()
 def try_block(
-    walk: Walk, block: nn.Module, index: int, texts: Texts, candidates: Mapping[str, Sparsities], config: PruneConfig
+    walk: Walk,
+    block: nn.Module,
+    index: int,
+    texts: Mapping[str, Texts],
+    candidates: Mapping[str, Sparsities],
+    config: PruneConfig,
 ) -> float:
-    """Let the texts go through a block, pruned for each candidate in turn; returns its share of outliers."""
+    """Let the texts go through a block, dense and then pruned for each candidate; returns its share of outliers."""
     prefix = f"{walk.name}.{index}"
     with together():
-        observed = observe(block, texts.inputs.batches(index, walk.device))
-    groups = hessians(block, observed, prefix)
-    outliers = outlier_share(block, groups)
-    with together():
-        for text in (texts.inputs, texts.dense):
-            walk.advance(text, index)
         dense = {name: layer.weight.detach().clone() for name, layer in linears(block).items()}
-        factors = [
-            (group.names, inverse_factor(group.hessian, config.damping, f"{prefix}.{group.names[0]}", normalise=True))
-            for group in groups
-            if group.hessian is not None
-        ]
-    for candidate, sparsities in candidates.items():
+    outliers = 0.0
+    for name, text in texts.items():
         with together():
-            for names, factor in factors:
-                wanted = [sparsities[f"{prefix}.{name}.weight"] for name in names]
-                found = sparsegpt([dense[name] for name in names], factor, wanted, block_size=config.block_size)
-                for name, (weight, _) in zip(names, found, strict=True):
-                    block.get_parameter(f"{name}.weight").copy_(weight)
-        for group in groups:
-            for name in group.names:
-                spread(block.get_parameter(f"{name}.weight").data, group.process)
+            for layer, weight in dense.items():
+                block.get_parameter(f"{layer}.weight").copy_(weight)
+            observed = observe(block, text.inputs.batches(index, walk.device))
+        groups = hessians(block, observed, prefix)
+        if name == DENSE:
+            outliers = outlier_share(block, groups)
+        else:
+            prune_groups(block, groups, candidates[name], Layers(), prefix, config)
         with together():
-            walk.advance(texts.pruned[candidate], index)
+            walk.advance(text.inputs, index)
+            walk.advance(text.compared, index)
     return outliers
 
 
@@ -234,7 +230,7 @@ def outlier_share(block: nn.Module, groups: list[Group]) -> float:
 
 
 @torch.no_grad()
-def compare(walk: Walk, texts: Texts) -> dict[str, float]:
+def compare(walk: Walk, texts: Mapping[str, Texts]) -> dict[str, float]:
     """See `Verdict.divergences`; all processes call this.
 
     Raises:
@@ -243,10 +239,11 @@ def compare(walk: Walk, texts: Texts) -> dict[str, float]:
     sums = {}
     with together(), walk.outside():
         head = walk.model.get_output_embeddings()
-        for name, text in texts.pruned.items():
-            pairs = zip(walk.outputs(text), walk.outputs(texts.dense), strict=True)
-            sums[name] = sum(float(token_divergences(hidden, wanted, head).sum()) for (_, hidden), (_, wanted) in pairs)
-    everywhere = from_all((sums, texts.dense.ids.numel()))
+        for name, text in texts.items():
+            if name != DENSE:
+                pairs = zip(walk.outputs(text.compared), walk.outputs(texts[DENSE].compared), strict=True)
+                sums[name] = sum(float(token_divergences(found, wanted, head).sum()) for (_, found), (_, wanted) in pairs)
+    everywhere = from_all((sums, texts[DENSE].compared.ids.numel()))
     tokens = sum(count for _, count in everywhere)
     means = {name: sum(found[name] for found, _ in everywhere) / tokens for name in sums}
     with together():

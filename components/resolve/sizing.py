@@ -38,7 +38,7 @@ COMPARED_BYTES = 24  # of each logit when allocations are compared: those of two
 FACTORING = 6  # matrices [in, in] in float32 while SparseGPT factors the inverse of a Hessian: copies, factors, their transpose
 PRUNING = 8  # matrices in float32 while layers with the same inputs are pruned: four of each of two
 TRAINING = 20  # bytes for each weight of a block that is trained: itself in float32, gradients, Adam's moments, what it was
-TRIED = 4  # times the calibration text is kept by the search of an allocation: a quarter for each of 15 candidates and more
+TRIED = {"uniform": 0, "slope": 1.5, "owl": 1, "search": 4}  # times the calibration text that comparing allocations keeps
 CHECKING = 3  # matrices in float32 while one of them is checked or quantized
 NORMS = 5  # hidden states in float32 that a block keeps for the backward pass, besides inputs and outputs of its matrices
 
@@ -93,7 +93,7 @@ def prune(shape: Shape, run: Mapping[str, Any]) -> Need:
     }
     host = {"masks of a block": shape.block} | loading(shape, size, run["prune_gpus"])
     text = run["nsamples"] * run["seq_len"]
-    tried = TRIED * text if run["prune_allocation"] == "search" else 0
+    tried = TRIED[run["prune_allocation"]] * text
     disk = {
         "dense model": shape.stored,
         "pruned model and its parts": 2 * shape.parameters * size,

@@ -8,19 +8,21 @@ import torch
 from safetensors.torch import load_file
 
 from components.core.blocks import find_blocks, linears
+from components.core.checkpoint.saving import part_file
 from components.core.mask.integrity import integrity
 from components.core.mask.mask import Mask, load_mask, pruned_count
+from components.core.walk.work import SharedWork
 from components.prune import trials
-from components.prune.allocation import Layer, budgeted, first_plans, kinds, owl, second_plans, slope
+from components.prune.allocation import Layer, budgeted, denser, first_plans, owl, second_plans, slope
+from components.prune.blocks import prune_model
 from components.prune.config import HIGHEST, UNIFORM, PruneConfig
 from components.prune.stage import run
 from components.prune.trials import allocate, layers_of, try_out
 from tests.conftest import save_tiny, tiny_model
-from tests.unit.prune.layers import sparsegpt
 from tests.unit.prune.test_prune import ids, settings
 from tests.walks import walk_of
 
-# two kinds of layers in each of four blocks
+# two parts in each of four blocks
 LAYERS = {f"{block}.{kind}": Layer(block, kind, size) for block in range(4) for kind, size in (("up", 1000), ("down", 500))}
 
 
@@ -42,9 +44,9 @@ def test_a_budget_is_exact_and_within_bounds(sparsity, seed):
 
 
 def test_a_budget_follows_the_plan_where_no_bound_is_met():
-    found = budgeted({name: 0.1 if layer.kind == "up" else 0.0 for name, layer in LAYERS.items()}, LAYERS, 0.7)
-    assert {found[name] for name, layer in LAYERS.items() if layer.kind == "up"} == {0.667}  # of 0.6667
-    assert {found[name] for name, layer in LAYERS.items() if layer.kind == "down"} == {0.766}  # of 0.7667
+    found = budgeted({name: 0.1 if layer.part == "up" else 0.0 for name, layer in LAYERS.items()}, LAYERS, 0.7)
+    assert {found[name] for name, layer in LAYERS.items() if layer.part == "up"} == {0.667}  # of 0.6667
+    assert {found[name] for name, layer in LAYERS.items() if layer.part == "down"} == {0.766}  # of 0.7667
 
 
 def test_layers_of_a_few_weights_keep_one():
@@ -71,24 +73,29 @@ def test_owl_is_that_of_the_paper():
     assert set(owl(LAYERS, [0.02] * 4).values()) == {0.0}
 
 
-def test_kinds_are_denser_together():
-    found = kinds(LAYERS, {"down": 0.05})
-    assert found == {name: 0.05 if layer.kind == "down" else 0.0 for name, layer in LAYERS.items()}
+def test_a_part_of_all_blocks_is_denser():
+    assert denser(LAYERS, "down") == {name: 0.05 if layer.part == "down" else 0.0 for name, layer in LAYERS.items()}
+
+
+def test_plans_that_are_tried_at_once_begin_with_uniform():
+    assert {allocation: [*first_plans(allocation, LAYERS)] for allocation in ("slope", "owl", "search")} == {
+        "slope": [UNIFORM, "slope +0.1"],
+        "owl": [UNIFORM],
+        "search": [UNIFORM, "slope +0.1", "slope +0.05", "slope -0.05", "down +0.05", "up +0.05"],
+    }
+    assert set(first_plans("search", LAYERS)[UNIFORM].values()) == {0.0}
 
 
 def test_a_search_goes_on_from_what_its_first_walk_has_shown():
-    first = first_plans("search", LAYERS)
-    assert next(iter(first)) == UNIFORM
-    assert set(first[UNIFORM].values()) == {0.0}
-    divergences = dict.fromkeys(first, 1.0) | {"up +0.05": 1.2, "down +0.05": 0.8, "slope -0.05": 0.9}
-    second = second_plans("search", LAYERS, divergences, [0.01, 0.05, 0.02, 0.02])
-    assert list(second) == ["owl", "kinds", "owl, kinds", "slope -0.05, kinds"]
-    # by the gain for each weight: 0.2 for 2,000 weights of `down`, -0.2 for 4,000 of `up`
-    assert second["kinds"] == pytest.approx(kinds(LAYERS, {"down": 0.1, "up": -0.05}))
-    for name in ("owl", "slope -0.05"):
-        alone = second.get(name) or first[name]
-        assert second[f"{name}, kinds"] == pytest.approx({key: alone[key] + second["kinds"][key] for key in LAYERS})
-    assert list(second_plans("search", LAYERS, dict.fromkeys(first, 1.0), [0.01] * 4)) == ["owl", "kinds", "owl, kinds"]
+    outliers, first = [0.01, 0.05, 0.02, 0.02], first_plans("search", LAYERS)
+    none = dict.fromkeys(first, 1.0)
+    assert second_plans("slope", LAYERS, none, outliers) == {}
+    assert second_plans("owl", LAYERS, none, outliers) == {"owl": owl(LAYERS, outliers)}
+    assert [*second_plans("search", LAYERS, none | {"slope +0.05": 0.5}, outliers)] == ["owl"]  # there is no better part
+    found = second_plans("search", LAYERS, none | {"slope +0.1": 0.8, "slope -0.05": 0.7, "down +0.05": 0.9}, outliers)
+    assert [*found] == ["owl", "slope -0.05, down +0.05"]
+    depth, part = first["slope -0.05"], first["down +0.05"]
+    assert found["slope -0.05, down +0.05"] == {name: depth[name] + part[name] for name in LAYERS}
 
 
 def planted(outliers: int, matters: int):
@@ -143,42 +150,49 @@ def test_a_uniform_allocation_costs_no_walk(tmp_path, monkeypatch):
 
 
 def test_divergences_are_those_of_models_that_are_pruned_alike(tmp_path):
-    """Against whole models: SparseGPT with Hessians of the dense model, and KL in float64."""
-    model = tiny_model("llama")
+    """Against whole models: pruned by the stage without refit for a quarter of the text, and KL in float64."""
+    model, text = tiny_model("llama"), ids(8, 32)
     walk = walk_of(model, tmp_path / "dense")
-    text = ids(8, 32)
-    layers = layers_of(walk)
+    layers, inputs, compared = layers_of(walk), text[:2], text[2:4]
     candidates = {UNIFORM: dict.fromkeys(layers, 0.7), "slope": budgeted(slope(layers, 0.2), layers, 0.7)}
     (tmp_path / "work").mkdir()
-    found = try_out(walk, tmp_path / "work", text, candidates, settings(output_dir=str(tmp_path / "out")))
+    found = try_out(walk, tmp_path / "work", text, candidates, settings(output_dir=str(tmp_path / "out"), effort="best"))
     assert list((tmp_path / "work").glob("*.[01]")) == []  # hidden states
-    inputs, compared = text[:2], text[2:4]
-    seen = {}
-    hooks = [
-        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
-            lambda _, args, name=name: seen.update({name: args[0].flatten(0, 1)})
-        )
-        for name in layers
-    ]
     with torch.no_grad():
-        model(input_ids=inputs)
-        for hook in hooks:
-            hook.remove()
         wanted = model(input_ids=compared).logits.double().log_softmax(-1)
-        dense = {name: model.get_parameter(name).clone() for name in layers}
-        for candidate, sparsities in candidates.items():
-            for name, sparsity in sparsities.items():
-                hessian = 2 / len(seen[name]) * seen[name].T @ seen[name]
-                ((weight, _),) = sparsegpt([dense[name]], hessian, sparsity, normalise=True)
-                model.get_parameter(name).copy_(weight)
-            pruned = model(input_ids=compared).logits.double().log_softmax(-1)
-            divergence = (wanted.exp() * (wanted - pruned)).sum(-1).mean()
-            assert found.divergences[candidate] == pytest.approx(float(divergence), rel=1e-3)
-    for block, outliers in enumerate(found.outliers):
-        scores = torch.cat(
-            [(dense[n].abs() * seen[n].square().sum(0).sqrt()).flatten() for n, e in layers.items() if e.block == block]
-        )
-        assert outliers == pytest.approx(float((scores > 5 * scores.mean()).float().mean()))
+    for candidate, sparsities in candidates.items():
+        work = SharedWork(tmp_path / candidate, "pruning")
+        prune_model(walk, work, inputs, None, sparsities, settings(method="sparsegpt", refit=0))
+        pruned = tiny_model("llama")
+        for number in range(3):
+            pruned.load_state_dict(load_file(part_file(work.folder, number)), strict=False)
+        with torch.no_grad():
+            got = pruned(input_ids=compared).logits.double().log_softmax(-1)
+        assert found.divergences[candidate] == pytest.approx(float((wanted.exp() * (wanted - got)).sum(-1).mean()), rel=1e-4)
+
+
+def test_outliers_are_counted_in_the_dense_model(tmp_path):
+    model, text = tiny_model("llama"), ids(8, 32)
+    walk = walk_of(model, tmp_path / "dense")
+    layers = layers_of(walk)
+    (tmp_path / "work").mkdir()
+    candidates = {UNIFORM: dict.fromkeys(layers, 0.7)}
+    found = try_out(walk, tmp_path / "work", text, candidates, settings(output_dir=str(tmp_path / "out")))
+    scores: list[list[torch.Tensor]] = [[], []]
+
+    def hook(name: str):
+        def keep(module, args):
+            scores[layers[name].block].append((module.weight.abs() * args[0].flatten(0, 1).square().sum(0).sqrt()).flatten())
+
+        return keep
+
+    for name in layers:
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(hook(name))
+    with torch.no_grad():
+        model(input_ids=text[:2])
+    for outliers, block in zip(found.outliers, map(torch.cat, scores), strict=True):
+        assert outliers == pytest.approx(float((block > 5 * block.mean()).double().mean()), abs=2 / len(block))
+        assert 0 < outliers < 0.1
 
 
 def test_the_total_of_a_run_is_exact_and_its_mask_tells_each_layers_share(tmp_path, corpus):
