@@ -27,7 +27,8 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
     """How to prune."""
 
     sparsity: float = 0.7
-    """Fraction of weights to remove from each linear layer, in [0, 1); must be 1 - N/M for an N:M pattern."""
+    """Fraction of weights to remove from each linear layer (from all together, if their allocation is uneven), in [0, 1); must
+    be 1 - N/M for an N:M pattern."""
     pattern: str = "unstructured"
     """`unstructured`, or N:M to keep N of every M consecutive weights in a row, e.g. 2:4."""
     allocation: str = UNIFORM

@@ -226,9 +226,10 @@ def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path, corpus, monkey
     save_tiny(tmp_path / "dense")
     places = {"dense_model": str(tmp_path / "dense"), "calibration_data": str(corpus), "eval_data": str(corpus)}
     common = places | {"nsamples": 4, "seq_len": 16, "eval_blocks": 2, "eval_seq_len": 16} | changes
-    wanted = run(settings(**common, output_dir=str(tmp_path / "wanted")))
     pruned: list[str] = []
-    left = [moment]
+    monkeypatch.setattr(blocks, "prune_layers", lambda *args: pruned.append(args[-1]) or prune_layers(*args))
+    wanted = run(settings(**common, output_dir=str(tmp_path / "wanted")))
+    undisturbed, left = len(pruned), [moment]
 
     def watched(call):
         def wrapper(*args):
@@ -245,7 +246,6 @@ def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path, corpus, monkey
     with monkeypatch.context() as patch:
         for owner, name in ((stage, "finish_checkpoint"), (blocks, "save_tensors"), (Work, "commit")):
             patch.setattr(owner, name, watched(getattr(owner, name)))
-        patch.setattr(blocks, "prune_layers", lambda *args: pruned.append(args[-1]) or prune_layers(*args))
         with pytest.raises(KilledError):
             run(settings(**common, output_dir=str(tmp_path / "out")))
         left[0] = 1000
@@ -256,5 +256,5 @@ def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path, corpus, monkey
         assert found.measured[measured] == wanted.measured[measured]
     assert found.sparse_integrity_check == wanted.sparse_integrity_check
     assert found.details["allocations"] == wanted.details["allocations"]
-    assert len(pruned) <= 8 + 4  # the block during which it was killed is pruned again, no other
+    assert len(pruned) - undisturbed <= 1.5 * undisturbed  # of two blocks, that during which it was killed is pruned again
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out", "wanted"]
