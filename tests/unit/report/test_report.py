@@ -160,7 +160,8 @@ def test_allocations_that_were_tried_are_compared_with_the_first(report: Report)
         {"name": "owl", "divergence": "?"},
     ]
     page, _, _ = report(records)
-    _, *rows = table(page, "Allocation of sparsity")
+    headings, *rows = table(page, "Allocation of sparsity")
+    assert headings == ["Candidate", "KL from the dense model, nats per token", "Chosen"]
     assert rows == [["uniform", "2", ""], ["slope +0.1", "1.5 −25.0%", "chosen"], ["owl", "–", ""]]
 
 
