@@ -22,7 +22,7 @@ OUTLIER, RANGE = 5.0, 0.08  # M and λ, the values of the paper's experiments
 SLOPES = (0.1, 0.05, -0.05)  # d; the first is what `slope` means: of 0.05, 0.1 and 0.15, it did best for SmolLM2 at 70 %
 PART = 0.05  # by how much a part of all blocks is denser
 
-Plan = Mapping[str, float]  # name of a layer's weight → by how much denser it is to be, as a share of its weights
+Plan = Mapping[str, float]  # name of a layer's weight → by how much denser it is to be, as a share of its weights; 0 if missing
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def first_plans(allocation: str, layers: Mapping[str, Layer]) -> dict[str, Plan]
         allocation: that of the settings.
         layers: of the model, by name.
     """
-    plans = {UNIFORM: slope(layers, 0)} | _slopes(SLOPES if allocation == "search" else SLOPES[: allocation == "slope"], layers)
+    plans = {UNIFORM: slope(layers, 0)} | _slopes({"slope": SLOPES[:1], "search": SLOPES}.get(allocation, ()), layers)
     if allocation == "search":
         plans |= _parts(layers)
     return plans
