@@ -120,6 +120,22 @@ def token_losses(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
     return torch.cat(parts).view(len(ids), -1).double().sum(1)
 
 
+def token_divergences(hidden: Tensor, wanted: Tensor, head: Head) -> Tensor:
+    """KL(wanted ‖ found) of the predictions after each token, in nats, summed over each row, float64 [batch].
+
+    Args:
+        hidden: final hidden states [batch, seq_len, width].
+        wanted: those of the model to compare with, [batch, seq_len, width].
+        head: hidden states → logits, the same for both.
+    """
+    parts = []
+    pairs = zip(hidden.flatten(0, 1).split(TOKENS_PER_CHUNK), wanted.flatten(0, 1).split(TOKENS_PER_CHUNK), strict=True)
+    for part, wanted_part in pairs:
+        found, dense = (head(each).float().log_softmax(-1) for each in (part, wanted_part))
+        parts.append(functional.kl_div(found, dense, reduction="none", log_target=True).sum(-1))
+    return torch.cat(parts).view(len(hidden), -1).double().sum(1)
+
+
 def from_losses(losses: Tensor, blocks: Tensor) -> float:
     """The perplexity for the losses of token blocks.
 

@@ -43,17 +43,17 @@ STABLE = 0.0003  # share of the mask; it is stable if no more has changed
 def alps(
     weights: Sequence[Tensor],
     factor: Factor,
-    sparsity: float,
+    sparsities: Sequence[float],
     n_of_m: tuple[int, int] | None = None,
     *,
     iterations: int = 60,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Prune linear layers that have the same inputs, each to the same sparsity.
+    """Prune linear layers that have the same inputs.
 
     Args:
         weights: [out, in] each.
         factor: the factorized Hessian of the layers' inputs, [in, in].
-        sparsity: fraction of weights to remove, in [0, 1).
+        sparsities: fraction of weights to remove from each layer, in [0, 1).
         n_of_m: keep N of every M consecutive weights in a row, instead of choosing in the whole matrix.
         iterations: of ADMM, at most; usually 30 are enough.
 
@@ -63,7 +63,8 @@ def alps(
     scales, inverse_scales = input_scales(factor.damped)
     normal = factor.damped * inverse_scales * inverse_scales[:, None]
     found = []
-    for weight, (start, kept) in zip(weights, sparsegpt(weights, factor, sparsity, n_of_m), strict=True):
+    starts = sparsegpt(weights, factor, sparsities, n_of_m)
+    for weight, sparsity, (start, kept) in zip(weights, sparsities, starts, strict=True):
         pruned, kept = _search(weight.float() * scales, normal, start * scales, kept, sparsity, n_of_m, iterations)
         found.append((pruned * inverse_scales, kept))
     return found

@@ -60,7 +60,12 @@ class Texts:
 
 
 def prune_model(
-    walk: Walk, work: SharedWork, calibration: Tensor, evaluation: Tensor | None, config: PruneConfig
+    walk: Walk,
+    work: SharedWork,
+    calibration: Tensor,
+    evaluation: Tensor | None,
+    sparsities: Mapping[str, float],
+    config: PruneConfig,
 ) -> dict[str, float]:
     """Prune a model and write it, part by part, to the work's folder; goes on after the blocks that are finished.
 
@@ -73,6 +78,7 @@ def prune_model(
             `sparse_integrity_check`, and `reconstruction`, the error of a block that was trained before and after.
         calibration: ids [nsamples, seq_len].
         evaluation: ids [blocks, seq_len], or None.
+        sparsities: the share of zeros that each parameter is to have, by name.
         config: the stage's settings.
 
     Returns:
@@ -87,7 +93,7 @@ def prune_model(
         texts = begin(walk, work.folder, calibration, evaluation, config, fresh=done == 0)
     for index in track(range(done, len(walk.blocks)), "pruning blocks", len(walk.blocks) - done):
         with walk.block(index) as block:
-            result = prune_block(walk, block, index, texts, work.folder, config)
+            result = prune_block(walk, block, index, texts, sparsities, work.folder, config)
         files = [part_file(work.folder, index + 1), mask_part(work.folder, index)]
         states = [stream.before(index + 1) for stream in texts.streams()]
         work.commit(result, [part_file(work.folder, 0), *files] if index == 0 else files, states)
@@ -123,7 +129,15 @@ def share(rows: Tensor) -> Tensor:
     return rows.tensor_split(process_count())[rank()]
 
 
-def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: Path, config: PruneConfig) -> dict[str, Any]:
+def prune_block(
+    walk: Walk,
+    block: nn.Module,
+    index: int,
+    texts: Texts,
+    sparsities: Mapping[str, float],
+    folder: Path,
+    config: PruneConfig,
+) -> dict[str, Any]:
     """Prune a block's matrices, write them with their mask, and let the texts go through; returns the block's result."""
     prefix, recipe = f"{walk.name}.{index}", recipe_of(config)
     with together():
@@ -141,7 +155,7 @@ def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: 
             observed = observe(block, texts.calibration.batches(index, walk.device), names, pairs)
         refuses = config.idle_experts == "refuse"
         groups = hessians(block, observed, prefix, config.expert_tokens, refuses=refuses)
-        prune_groups(block, groups, layers, prefix, config)
+        prune_groups(block, groups, sparsities, layers, prefix, config)
     result: dict[str, Any] = {}
     masks = parameter_masks(block, layers.masks)
     if recipe.reconstruct == "block" and texts.reference and masks:
@@ -151,7 +165,7 @@ def prune_block(walk: Walk, block: nn.Module, index: int, texts: Texts, folder: 
     with together():
         kept = {f"{prefix}.{name}": mask.cpu() for name, mask in masks.items()}
         state = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
-        check = integrity(state, Mask(kept, config.pattern, config.sparsity))
+        check = integrity(state, Mask(kept, config.pattern, sparsities))
         enforce(check)
         if is_main():
             save_tensors(walk.weights.stored_names(state), part_file(folder, index + 1))
@@ -189,10 +203,17 @@ def parameter_masks(block: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, 
     return made
 
 
-def prune_groups(block: nn.Module, groups: list[Group], layers: Layers, prefix: str, config: PruneConfig) -> None:
+def prune_groups(
+    block: nn.Module,
+    groups: list[Group],
+    sparsities: Mapping[str, float],
+    layers: Layers,
+    prefix: str,
+    config: PruneConfig,
+) -> None:
     """Prune groups of a block's matrices in place, each in its process, and add them to `layers` in all."""
     measured: dict[str, dict[str, Any]] = {}
-    weights = weights_of(block)
+    found, weights = matrices(block), weights_of(block)
     with together():
         for group in groups:
             if group.process != rank():
@@ -200,13 +221,14 @@ def prune_groups(block: nn.Module, groups: list[Group], layers: Layers, prefix: 
             start = time.monotonic()
             dense = [weights[name] for name in group.names]
             what = ", ".join(f"{prefix}.{name}" for name in group.names)
+            wanted = [sparsities[f"{prefix}.{found[name].parameter}"] for name in group.names]
             if group.hessian is None:
                 log(f"{what} saw {group.tokens} calibration tokens, and is pruned by magnitude", by_any=True)
-                found = prune_idle(dense, config)
+                made = prune_idle(dense, wanted, config)
             else:
-                found = prune_layers(dense, group.hessian, config, what, group.cross)
+                made = prune_layers(dense, group.hessian, wanted, config, what, group.cross)
             seconds = round((time.monotonic() - start) / len(group.names), 4)
-            for name, pruned in zip(group.names, found, strict=True):
+            for name, pruned in zip(group.names, made, strict=True):
                 weights[name].copy_(pruned.weight)
                 layers.masks[name] = pruned.mask
                 sparsity = 1 - int(pruned.mask.sum()) / pruned.mask.numel()

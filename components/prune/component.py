@@ -14,6 +14,7 @@ def prune(
     metrics: Output[Metrics],
     sparsity: float,
     pattern: str,
+    allocation: str,
     effort: str,
     method: str,
     refit: int,

@@ -39,13 +39,19 @@ class Pruned:
 
 @torch.no_grad()
 def prune_layers(
-    weights: list[Tensor], hessian: Tensor, config: PruneSettings, what: str, cross: Tensor | None = None
+    weights: list[Tensor],
+    hessian: Tensor,
+    sparsities: list[float],
+    config: PruneSettings,
+    what: str,
+    cross: Tensor | None = None,
 ) -> list[Pruned]:
-    """Prune linear layers that have the same inputs, each to the same sparsity.
+    """Prune linear layers that have the same inputs.
 
     Args:
         weights: [out, in] each.
         hessian: float32 [in, in], from their inputs x: 2/n · Σ xᵀx.
+        sparsities: fraction of weights to remove from each layer, in [0, 1).
         config: the stage's settings.
         what: the layers' names, for messages.
         cross: float32 [in, in], 2/n · Σ dᵀx for the inputs d of the same layers in the dense model, whose outputs are then what
@@ -64,7 +70,7 @@ def prune_layers(
         "wanda": partial(wanda, hessian=hessian),
         "magnitude": magnitude,
     }
-    found = methods[recipe.method](weights, sparsity=config.sparsity, n_of_m=n_of_m)
+    found = methods[recipe.method](weights, sparsities=sparsities, n_of_m=n_of_m)
     pruned = []
     for dense, (weight, mask) in zip(weights, found, strict=True):
         first = relative_error(dense, weight, hessian)
@@ -111,7 +117,7 @@ def relative_error(dense: Tensor, sparse: Tensor, hessian: Tensor) -> float:
 
 
 @torch.no_grad()
-def prune_idle(weights: list[Tensor], config: PruneSettings) -> list[Pruned]:
+def prune_idle(weights: list[Tensor], sparsities: list[float], config: PruneSettings) -> list[Pruned]:
     """Prune matrices [out, in] that have seen too few tokens for a Hessian: by magnitude, which their record says."""
-    found = magnitude(weights, config.sparsity, parse_pattern(config.pattern))
+    found = magnitude(weights, sparsities, parse_pattern(config.pattern))
     return [Pruned(weight, mask, {"fallback": "magnitude"}) for weight, mask in found]

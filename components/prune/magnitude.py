@@ -12,16 +12,19 @@ from components.prune.selection import keep_largest
 
 
 @torch.no_grad()
-def magnitude(weights: Sequence[Tensor], sparsity: float, n_of_m: tuple[int, int] | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Prune linear layers, each to the same sparsity.
+def magnitude(
+    weights: Sequence[Tensor], sparsities: Sequence[float], n_of_m: tuple[int, int] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Prune linear layers.
 
     Args:
         weights: [out, in] each.
-        sparsity: fraction of weights to remove, in [0, 1).
+        sparsities: fraction of weights to remove from each layer, in [0, 1).
         n_of_m: keep N of every M consecutive weights in a row.
 
     Returns:
         for each layer (float32 pruned weight [out, in], bool mask [out, in], True = kept).
     """
-    masks = [keep_largest(weight.detach().abs(), sparsity, n_of_m) for weight in weights]
+    pairs = zip(weights, sparsities, strict=True)
+    masks = [keep_largest(weight.detach().abs(), sparsity, n_of_m) for weight, sparsity in pairs]
     return [(weight.detach().float() * kept, kept) for weight, kept in zip(weights, masks, strict=True)]

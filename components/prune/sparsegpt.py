@@ -30,17 +30,17 @@ from components.prune.conditioning import Factor
 def sparsegpt(
     weights: Sequence[Tensor],
     factor: Factor,
-    sparsity: float,
+    sparsities: Sequence[float],
     n_of_m: tuple[int, int] | None = None,
     *,
     block_size: int = 128,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Prune linear layers that have the same inputs, each to the same sparsity.
+    """Prune linear layers that have the same inputs.
 
     Args:
         weights: [out, in] each.
         factor: the factorized Hessian of the layers' inputs, [in, in].
-        sparsity: fraction of weights to remove, in [0, 1).
+        sparsities: fraction of weights to remove from each layer, in [0, 1).
         n_of_m: keep N of every M consecutive weights in a row, instead of choosing across the whole block of columns.
         block_size: columns whose mask is chosen together; a multiple of M.
 
@@ -62,7 +62,7 @@ def sparsegpt(
         if n_of_m is None:
             scores = (block / scale).square()
             for number, (part, part_kept) in enumerate(zip(scores.split(rows, 1), block_kept.split(rows, 1), strict=True)):
-                target = pruned_count(sparsity, rows[number] * end)
+                target = pruned_count(sparsities[number], rows[number] * end)
                 lowest = part.flatten().topk(target - removed[number], largest=False, sorted=False).indices
                 flags = torch.ones(part.numel(), dtype=torch.bool, device=part.device).index_fill_(0, lowest, False)
                 part_kept.copy_(flags.view_as(part))

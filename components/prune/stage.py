@@ -30,8 +30,9 @@ from components.core.tokens import TokenBlocks, count_overlaps, id_fingerprint, 
 from components.core.walk.walk import Walk
 from components.core.walk.work import SharedWork, work_key
 from components.prune.blocks import chosen, mask_part, prune_model
-from components.prune.config import PruneConfig
+from components.prune.config import UNIFORM, PruneConfig
 from components.prune.recipe import recipe_of
+from components.prune.trials import allocate
 
 
 def run(config: PruneConfig) -> StageRecord:
@@ -101,7 +102,9 @@ def prune(config: PruneConfig, folder: Path, model_config: Any, device: torch.de
                 streams = 2 if recipe_of(config).needs_dense else 1
                 texts = [calibration.ids] * streams + ([evaluation.ids] * 2 if evaluation else [])
                 check_room("output_dir", config.output_dir, walk.disk(texts), ", with the hidden states on their way")
-        measured = prune_model(walk, work, calibration.ids, evaluation.ids if evaluation else None, config)
+        allocation = allocate(walk, place, calibration.ids, config)
+        sparsities = allocation.sparsities
+        measured = prune_model(walk, work, calibration.ids, evaluation.ids if evaluation else None, sparsities, config)
         if evaluation:
             log_perplexity("before_pruning", measured["perplexity_before"])
             log_perplexity("after_pruning", measured["perplexity"])
@@ -109,7 +112,8 @@ def prune(config: PruneConfig, folder: Path, model_config: Any, device: torch.de
         with processes.together():
             layers = [layer for block in work.results for layer in block["layers"]]
             shapes = {name: shape for block in work.results for name, shape in block["shapes"].items()}
-            result.details["layers"] = layers
+            result.details |= {"layers": layers, "allocations": allocation.as_json()}
+            result.measured["allocation"] = allocation.name
             result.measured |= report_dense(walk.model, shapes)
             if idle := sum("fallback" in layer for layer in layers):
                 result.measured["idle_matrices"] = idle
@@ -121,7 +125,8 @@ def prune(config: PruneConfig, folder: Path, model_config: Any, device: torch.de
                 finish_checkpoint(walk.model, tokenizer, parts, dtype, output)
                 masks = [mask_part(place, index) for index in range(len(walk.blocks))]
                 mask_file = place / Path(config.mask_file).name if config.mask_file else output / MASK_FILE
-                join_mask(masks, mask_file, config.pattern, config.sparsity, shapes)
+                asked = config.sparsity if allocation.name == UNIFORM else sparsities
+                join_mask(masks, mask_file, config.pattern, asked, shapes)
                 result.measured |= watch.read()
                 write_history(output, source_history(config.dense_model, folder), result, folder)
     log(f"pruned to {result.measured['sparsity']:.4f} sparsity in {watch.read()['seconds']:.0f} s: {config.output_dir}")
@@ -179,7 +184,7 @@ def check_model(config: PruneConfig, folder: Path) -> Any:
     name, blocks = find_blocks("dense_model", empty)
     check_blocks("dense_model", name, blocks, n_of_m[1] if n_of_m else 1, config.ignored())
     check_ignore(config, name, blocks)
-    check_target(config, name, blocks)
+    check_experts(config, name, blocks)
     check_none_empty(config, name, blocks)
     check_new("output_dir", config.output_dir, weight_bytes(folder))
     return model_config
@@ -195,13 +200,18 @@ def check_ignore(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:
         raise ValueError(f"ignore must leave something to prune, got {shown(config.ignore)}")
 
 
-def check_target(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:
-    """Raise ValueError if the outputs of a dense model are to be reproduced that routes its tokens to experts.
+def check_experts(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:
+    """Raise ValueError if a setting does not suit a model that routes its tokens to experts.
 
-    A token may be routed to another expert after pruning, which has no output for it in the dense model.
+    A token may be routed to another expert after pruning, which has no output for it in the dense model. Experts that are
+    stored together have equal sparsities.
     """
-    if any(map(stack_names, blocks)) and recipe_of(config).target == "dense":
+    if not any(map(stack_names, blocks)):
+        return
+    if recipe_of(config).target == "dense":
         raise ValueError(f"target must be pruned for a model that routes its tokens, got dense: {name} has experts")
+    if config.allocation != UNIFORM:
+        raise ValueError(f"allocation must be {UNIFORM} for a model with experts, got {config.allocation}: {name} has some")
 
 
 def check_none_empty(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:

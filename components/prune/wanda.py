@@ -23,14 +23,14 @@ from components.prune.selection import keep_largest
 
 @torch.no_grad()
 def wanda(
-    weights: Sequence[Tensor], hessian: Tensor, sparsity: float, n_of_m: tuple[int, int] | None = None
+    weights: Sequence[Tensor], hessian: Tensor, sparsities: Sequence[float], n_of_m: tuple[int, int] | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Prune linear layers that have the same inputs, each to the same sparsity.
+    """Prune linear layers that have the same inputs.
 
     Args:
         weights: [out, in] each.
         hessian: float32 [in, in], computed from the layers' inputs.
-        sparsity: fraction of weights to remove, in [0, 1).
+        sparsities: fraction of weights to remove from each layer, in [0, 1).
         n_of_m: keep N of every M consecutive weights in a row.
 
     Returns:
@@ -38,7 +38,7 @@ def wanda(
     """
     sizes = input_scales(hessian)[0]
     pruned = []
-    for weight in weights:
+    for weight, sparsity in zip(weights, sparsities, strict=True):
         scores = weight.detach().float().abs() * sizes
         kept = keep_largest(scores, sparsity, n_of_m) if n_of_m else _keep_in_rows(scores, sparsity)
         pruned.append((weight.float() * kept, kept))

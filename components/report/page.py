@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from components.core.history import Source, StageRecord
 from components.report import text
 from components.report.plots import Plot
-from components.report.summary import Row, Summary, comparable
+from components.report.summary import Row, Summary, comparable, details_of, number
 
 TEMPLATE = "page.html.j2"
 FIRST_TOKENS = {
@@ -20,6 +20,15 @@ FIRST_TOKENS = {
     "never": "without a beginning-of-sequence token in front of each, as in GPTQ",
 }
 TENSORS = 20  # at most this many violated tensors are listed
+LAYERS = 2000  # and this many layers; only a mixture of experts has more
+COLUMNS = {
+    "damping": "Damping",
+    "condition": "Condition",
+    "dead_inputs": "Dead inputs",
+    "relative_error_of_method": "Error before refit",
+    "relative_error": "Error after",
+    "seconds": "Seconds",
+}  # of a layer's entry in the record, with their headings
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,31 @@ class Card:
     value: str
     note: str
     tone: str = ""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An allocation of sparsity that was tried: its KL divergence from the dense model, and the change from the first one."""
+
+    name: str
+    divergence: float | None
+    change: str
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class PrunedLayers:
+    """The layers that a prune stage has pruned.
+
+    Attributes:
+        shown: their entries in the record, at most `LAYERS`.
+        count: how many there are.
+        candidates: allocations of sparsity that were tried.
+    """
+
+    shown: list[dict[str, Any]]
+    count: int
+    candidates: list[Candidate]
 
 
 def render(title: str, source: Source, records: list[StageRecord], summary: Summary, plots: list[Plot]) -> str:
@@ -50,7 +84,8 @@ def render(title: str, source: Source, records: list[StageRecord], summary: Summ
         lstrip_blocks=True,
     )
     environment.filters |= {
-        name: getattr(text, name) for name in ("perplexity", "percent", "size", "duration", "large", "plain", "measure")
+        name: getattr(text, name)
+        for name in ("perplexity", "percent", "size", "duration", "large", "plain", "measure", "significant")
     }
     return environment.get_template(TEMPLATE).render(
         title=title,
@@ -62,6 +97,8 @@ def render(title: str, source: Source, records: list[StageRecord], summary: Summ
         first_tokens=first_tokens(summary.rows),
         texts_differ=len({row.perplexity_text for row in summary.rows if row.perplexity is not None}) > 1,
         plots=plots,
+        pruned=[table for record in records if record.stage == "prune" and (table := _layers(record))],
+        columns=COLUMNS,
         records=list(zip(records, _headings(records), strict=True)),
         violated=violated,
         versions=package_versions(records),
@@ -139,6 +176,25 @@ def _headings(records: list[StageRecord]) -> list[str]:
         f"{record.stage} {text.plain(record.parameters.get('format'))}" if record.stage == "quantize" else record.stage
         for record in records
     ]
+
+
+def _layers(record: StageRecord) -> PrunedLayers | None:
+    """What a prune stage's record tells of its layers; None if it tells nothing."""
+    layers = details_of(record, "layers")
+    if not any(number(layer.get(name)) is not None for layer in layers for name in COLUMNS):
+        return None
+    tried = details_of(record, "allocations")
+    uniform = number(tried[0].get("divergence")) if tried else None
+    candidates = [
+        Candidate(
+            text.plain(entry.get("name")),
+            divergence := number(entry.get("divergence")),
+            text.change(divergence, uniform) if entry is not tried[0] and divergence is not None and uniform else "",
+            entry.get("chosen") is True,
+        )
+        for entry in tried
+    ]
+    return PrunedLayers(layers[:LAYERS], len(layers), candidates)
 
 
 def violated(record: StageRecord) -> dict[str, Any]:

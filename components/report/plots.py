@@ -20,7 +20,7 @@ from components.report.canvas import (
     log_if_wide,
     series,
 )
-from components.report.summary import Row, Summary, comparable, number
+from components.report.summary import Row, Summary, comparable, details_of, number
 from components.report.text import large, percent, perplexity, size
 
 POINTS = 400  # per line; more would not be visible at this size
@@ -42,7 +42,7 @@ def draw(records: list[StageRecord], summary: Summary) -> list[Plot]:
         if record.stage == "distill":
             plots += [_loss(record, f"loss{index}"), _learning_rate(record, f"rate{index}"), _epochs(record, f"epochs{index}")]
         if record.stage == "prune":
-            layers = _by_kind(_entries(record, "layers"))
+            layers = _by_kind(details_of(record, "layers"))
             plots += [_errors(layers, f"errors{index}"), _sparsities(layers, f"sparsities{index}")]
     return [plot for plot in plots if plot]
 
@@ -85,7 +85,7 @@ def _loss(record: StageRecord, name: str) -> Plot | None:
         "ce_loss": ("cross-entropy", SERIES[1]),
         "hidden_loss": ("hidden states", SERIES[2]),
     }
-    steps = _entries(record, "steps")
+    steps = details_of(record, "steps")
     lines = {key: _points(steps, "step", key) for key in names}
     if not any(lines.values()):
         return None
@@ -105,7 +105,7 @@ def _loss(record: StageRecord, name: str) -> Plot | None:
 
 
 def _learning_rate(record: StageRecord, name: str) -> Plot | None:
-    points = _points(_entries(record, "steps"), "step", "learning_rate")
+    points = _points(details_of(record, "steps"), "step", "learning_rate")
     if not points:
         return None
     with house_style(name):
@@ -117,7 +117,7 @@ def _learning_rate(record: StageRecord, name: str) -> Plot | None:
 
 
 def _epochs(record: StageRecord, name: str) -> Plot | None:
-    points = _points(_entries(record, "epochs"), "epoch", "eval_ppl")
+    points = _points(details_of(record, "epochs"), "epoch", "eval_ppl")
     if len(points) < 2:
         return None
     start = number(record.measured.get("perplexity_before"))
@@ -163,11 +163,6 @@ def _sparsities(layers: dict[str, list[dict[str, Any]]], name: str) -> Plot | No
     low, high = percent(min(values)), percent(max(values))
     spread = f"{low} in every layer" if low == high else f"from {low} to {high}"
     return Plot("Sparsity by layer", svg, f"Share of zeros in each of {large(len(values))} layers, by block: {spread}.")
-
-
-def _entries(record: StageRecord, name: str) -> list[dict[str, Any]]:
-    found = record.details.get(name)
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 
 def _points(entries: list[dict[str, Any]], x: str, y: str) -> list[tuple[float, float]]:

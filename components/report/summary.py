@@ -107,6 +107,12 @@ def number(value: Any) -> float | None:
     return value if abs(value) < EXACT else float(value)
 
 
+def details_of(record: StageRecord, name: str) -> list[dict[str, Any]]:
+    """A list in a record's details, such as one entry for each layer; what is not of that form is left out."""
+    found = record.details.get(name)
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
 def _model_name(record: StageRecord) -> str:
     if record.stage == "quantize":
         return str(record.parameters.get("format") or "quantized")

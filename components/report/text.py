@@ -59,6 +59,14 @@ def large(value: float | None) -> str:
     return DASH if value is None else f"{value:,.0f}"
 
 
+def significant(value: Any) -> str:
+    """A count, or a number with three significant digits, such as `0.0123` or `1.23e+05`."""
+    known = number(value)
+    if known is None:
+        return DASH
+    return large(known) if isinstance(known, int) else f"{known:.3g}"
+
+
 def plain(value: Any) -> str:
     """Any value of a record: text as it is, floats with at most six significant digits, the rest as JSON."""
     if value is None or value == "":

@@ -34,9 +34,11 @@ KEPT_CHECKPOINTS = 2
 TOKENS_PER_FORWARD, TOKENS_PER_CHUNK = 2048, 512
 CHUNK_BYTES = 512 * 2**20
 LOGIT_BYTES = 10  # of each logit when perplexity is measured: in the number format, in float32, and its logarithm
+COMPARED_BYTES = 24  # of each logit when allocations are compared: those of two models, and the divergence
 FACTORING = 6  # matrices [in, in] in float32 while SparseGPT factors the inverse of a Hessian: copies, factors, their transpose
 PRUNING = 8  # matrices in float32 while layers with the same inputs are pruned: four of each of two
 TRAINING = 20  # bytes for each weight of a block that is trained: itself in float32, gradients, Adam's moments, what it was
+TRIED = {"uniform": 0, "slope": 1.5, "owl": 1, "search": 4}  # times the calibration text that comparing allocations keeps
 CHECKING = 3  # matrices in float32 while one of them is checked or quantized
 NORMS = 5  # hidden states in float32 that a block keeps for the backward pass, besides inputs and outputs of its matrices
 
@@ -79,24 +81,27 @@ def prune(shape: Shape, run: Mapping[str, Any]) -> Need:
     """
     size = number_bytes(run, "prune")
     more = run["prune_effort"] != "fast" or run["prune_target"] == "dense" or run["prune_reconstruct"] == "block"
+    uneven = run["prune_allocation"] != "uniform"
     pruning = {
         "a block": shape.block * size,
         "its Hessians": shape.hessians * 4,
-        "the dense block and its inputs": shape.block * size + shape.hessians * 4 if more else 0,
+        "the dense block and its inputs": shape.block * size + shape.hessians * 4 if more or uneven else 0,
         "training the block": TRAINING * shape.block + batch(shape, run, size) * 2 if more else 0,
         "the inverse of a Hessian": FACTORING * shape.widest**2 * 4,
         "matrices that are pruned": PRUNING * shape.matrix * 4,
         "a batch": batch(shape, run, size),
     }
     host = {"masks of a block": shape.block} | loading(shape, size, run["prune_gpus"])
-    calibration = run["nsamples"] * run["seq_len"] * (2 if more else 1)
+    text = run["nsamples"] * run["seq_len"]
+    tried = TRIED[run["prune_allocation"]] * text
     disk = {
         "dense model": shape.stored,
         "pruned model and its parts": 2 * shape.parameters * size,
         "mask and its parts": 2 * shape.inside / 8,
-        "hidden states": 2 * (calibration + 2 * evaluation_tokens(run)) * shape.width * size,
+        "hidden states": 2 * max(text * (2 if more else 1) + 2 * evaluation_tokens(run), tried) * shape.width * size,
     }
-    held = largest(pruning, *walking(shape, run, size))
+    comparing = {"weights outside the blocks": shape.outside * size, "logits": logits(shape, COMPARED_BYTES) if uneven else 0}
+    held = largest(pruning, comparing, *walking(shape, run, size))
     return placed(run["prune_gpus"], held, host, disk, run["prune_nproc_per_node"])
 
 
@@ -196,9 +201,9 @@ def batch(shape: Shape, run: Mapping[str, Any], size: int) -> float:
     return tokens * (shape.features * size + shape.widest * 4) + longest**2 * size
 
 
-def logits(shape: Shape) -> float:
-    """Bytes of the logits of a chunk of tokens when perplexity is measured."""
-    return TOKENS_PER_CHUNK * shape.vocabulary * LOGIT_BYTES
+def logits(shape: Shape, each: int = LOGIT_BYTES) -> float:
+    """Bytes of the logits of a chunk of tokens when perplexity is measured, or of work that takes `each` bytes of a logit."""
+    return TOKENS_PER_CHUNK * shape.vocabulary * each
 
 
 def activations(shape: Shape, run: Mapping[str, Any], size: int) -> float:

@@ -133,13 +133,16 @@ def main() -> None:
     """Measure all methods and print a table."""
     config = parse(LayersConfig)
     n_of_m, groups = parse_pattern(config.pattern), load_groups(config)
-    sparsity = config.sparsity
+
+    def even(weights: list[Tensor]) -> list[float]:
+        return [config.sparsity] * len(weights)
+
     methods: dict[str, Callable[[list[Tensor], Tensor], list[Pruned]]] = {
-        "magnitude": lambda weights, _: magnitude(weights, sparsity, n_of_m),
-        "wanda": lambda weights, hessian: wanda(weights, hessian, sparsity, n_of_m),
-        "sparsegpt": lambda weights, hessian: sparsegpt(weights, factor(hessian), sparsity, n_of_m),
-        "alps, 15 iterations": lambda weights, hessian: alps(weights, factor(hessian), sparsity, n_of_m, iterations=15),
-        "alps": lambda weights, hessian: alps(weights, factor(hessian), sparsity, n_of_m),
+        "magnitude": lambda weights, _: magnitude(weights, even(weights), n_of_m),
+        "wanda": lambda weights, hessian: wanda(weights, hessian, even(weights), n_of_m),
+        "sparsegpt": lambda weights, hessian: sparsegpt(weights, factor(hessian), even(weights), n_of_m),
+        "alps, 15 iterations": lambda weights, hessian: alps(weights, factor(hessian), even(weights), n_of_m, iterations=15),
+        "alps": lambda weights, hessian: alps(weights, factor(hessian), even(weights), n_of_m),
     }
     refits: dict[str, list[Step]] = {f" + refit {count}": [partial(refitted, iterations=count)] for count in (10, 20, 40)}
     exchanges: list[Step] = [*refits[" + refit 10"], lambda found, *more: swap(*found, *more, n_of_m), *refits[" + refit 10"]]

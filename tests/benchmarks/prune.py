@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from components.core.blocks import find_blocks, linears
+from components.core.blocks import find_blocks
 from components.core.checkpoint.loading import load_model, load_tokenizer
 from components.core.cli import parse
 from components.core.history import peak_memory
@@ -134,17 +134,14 @@ def prune_like_the_reference(model: nn.Module, ids: Tensor, sparsity: float) -> 
             continue
     handle.remove()
     for block in blocks:
-        found = {name: Layer(layer) for name, layer in linears(block).items()}
-        handles = [
-            linears(block)[name].register_forward_hook(lambda _, args, __, layer=layer: layer.add(args[0][0]))
-            for name, layer in found.items()
-        ]
+        found = [Layer(layer) for layer in block.modules() if isinstance(layer, nn.Linear)]
+        handles = [each.layer.register_forward_hook(lambda _, args, __, each=each: each.add(args[0][0])) for each in found]
         for hidden, named in zip(inputs, arguments, strict=True):
             block(hidden, **named)
         for handle in handles:
             handle.remove()
-        for layer in found.values():
-            layer.prune(sparsity)
+        for each in found:
+            each.prune(sparsity)
         inputs = [block(hidden, **named) for hidden, named in zip(inputs, arguments, strict=True)]
 
 
@@ -153,8 +150,10 @@ def reference(config: BenchConfig) -> dict[str, float]:
     start = time.monotonic()
     folder = local_folder(SMOLLM2)
     tokenizer = load_tokenizer(folder)
-    calibration = load_blocks("calibration_data", config.calibration_data, "calibration", tokenizer, LENGTH, NSAMPLES, 0)
-    evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, LENGTH, EVAL_BLOCKS)
+    calibration = load_blocks(
+        "calibration_data", config.calibration_data, "calibration", tokenizer, "auto", LENGTH, NSAMPLES, 0
+    )
+    evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, "auto", LENGTH, EVAL_BLOCKS)
     model = load_model(folder, torch.float32, torch.device("cpu"))
     dense = perplexity(model, evaluation.ids)
     prune_like_the_reference(model, calibration.ids, 0.7)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 # stage → seconds that it takes, roughly
 STAGES = {"fetch": 0.2, "tokenize": 0.25, "prune": 0.5, "distill": 0.6, "quantize": 0.5, "report": 0.3, "publish": 0.25}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "prune": [{}, {"mask_file": "mask.safetensors"}],
+    "prune": [{}, {"mask_file": "mask.safetensors"}, {"allocation": "search"}],
     "distill": [{}, {"checkpoint_dir": "checkpoints", "checkpoint_steps": 1}, {"teacher_cache": "always"}],
     "publish": [{"version": "v1"}],
 }

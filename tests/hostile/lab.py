@@ -106,6 +106,7 @@ def prepare(root: Path) -> Lab:
     lab.make("tokenize", "tokens")
     lab.make("prune", "pruned")
     lab.make("prune", "pruned_by_two", nproc_per_node=2)
+    lab.make("prune", "pruned_unevenly", allocation="search")
     lab.make("distill", "distilled", checkpoint_dir=lab.path("checkpoints"), checkpoint_steps=2)
     lab.make("distill", "distilled_cached", teacher_cache="always")
     for format in ("int8", "fp8"):

@@ -19,6 +19,10 @@ REFERENCE = {
     "report": "summary",
     "publish": "published",
 }
+OTHER: dict[tuple[str, Any], str] = {
+    ("teacher_cache", "always"): "distilled_cached",
+    ("allocation", "search"): "pruned_unevenly",
+}  # a change → the result with it, where it is another
 SAME = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "quanto_qmap.json", "summary.json")
 VARYING = ("seconds", "peak_memory_bytes")
 
@@ -47,7 +51,8 @@ def _without_times(value: Any) -> Any:
 
 def wrong(lab: Lab, stage: str, output: Path, changes: Mapping[str, Any], reference: str = "") -> str | None:
     """How an output differs from that of an undisturbed run with the same changes, or from a reference that is named."""
-    reference = reference or ("distilled_cached" if changes.get("teacher_cache") == "always" else REFERENCE[stage])
+    changed = (other for (name, value), other in OTHER.items() if changes.get(name) == value)
+    reference = reference or next(changed, REFERENCE[stage])
     expected, found = digest(lab.root / reference), digest(output)
     for held in (expected, found):  # it holds the times of the report's own run
         held.pop("v1/report/summary.json", None)

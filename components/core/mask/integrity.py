@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.core.mask.mask import Mask, pruned_of
+from components.core.mask.mask import Mask
 
 
 class SparsityError(ValueError):
@@ -38,7 +38,7 @@ def integrity(weights: Mapping[str, Tensor], mask: Mask, eps: float = 0.0) -> di
         broken = weights[name].numel() - int(torch.isfinite(weights[name].detach().float()).sum())
         if broken:
             tensors.setdefault(name, {})["not_finite"] = broken
-        expected = None if mask.sparsity is None else pruned_of(mask.sparsity, kept.shape)
+        expected = mask.requested_count(name)
         pruned = kept.numel() - int(kept.sum())
         if expected is not None and pruned != expected:
             tensors.setdefault(name, {}).update({"pruned": pruned, "asked_for": expected})

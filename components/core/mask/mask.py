@@ -1,7 +1,8 @@
 """The sparsity mask: one bit per weight, 1 = kept, in `sparsity_mask.safetensors`.
 
 Each entry is named after the weight it masks and holds its bits in row-major order, eight to a byte, the first in the
-lowest bit, the last byte padded with zeros. The file's metadata holds the shapes, the pattern and the requested sparsity.
+lowest bit, the last byte padded with zeros. The file's metadata holds the shapes, the pattern and the requested sparsity: a
+number for every weight, or one for each by name.
 """
 
 import json
@@ -9,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from components.core.mask.file import find_mask, fingerprint, shapes_of
 from components.core.reading import parse_json
 
 FORMAT = "sparsity-mask-1"
-Sparsity = Annotated[float, Field(ge=0, lt=1)] | None
+Share = Annotated[float, Field(ge=0, lt=1)]
+Sparsity = Share | dict[str, Share] | None
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,20 @@ class Mask:
     Attributes:
         tensors: name of a weight → bool tensor of the weight's shape, True = kept. Those of a file are read when they are used.
         pattern: `unstructured` or `N:M`.
-        sparsity: requested share of zeros; None for a mask in the older format, which does not record it.
+        sparsity: requested share of zeros in every weight, or by a weight's name, if they differ; None for a mask in the older
+            format, which does not record it.
     """
 
     tensors: Mapping[str, Tensor]
     pattern: str = "unstructured"
-    sparsity: float | None = None
+    sparsity: float | Mapping[str, float] | None = None
+
+    def requested_count(self, name: str) -> int | None:
+        """How many zeros a weight was to have; None if that is not recorded."""
+        if self.sparsity is None:
+            return None
+        share = self.sparsity[name] if isinstance(self.sparsity, Mapping) else self.sparsity
+        return pruned_of(share, self.tensors[name].shape)
 
     def realised_sparsity(self) -> float:
         """Share of weights that are not kept, over all masked tensors."""
@@ -99,7 +109,13 @@ def save_mask_part(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_tensors({name: _pack(tensor) for name, tensor in tensors.items()}, path)
 
 
-def join_mask(parts: list[Path], path: Path, pattern: str, sparsity: float | None, shapes: Mapping[str, list[int]]) -> None:
+def join_mask(
+    parts: list[Path],
+    path: Path,
+    pattern: str,
+    sparsity: float | Mapping[str, float] | None,
+    shapes: Mapping[str, list[int]],
+) -> None:
     """Write a mask file from its parts, atomically.
 
     Args:
@@ -137,7 +153,7 @@ def _load_packed(file: Path) -> Mask:
         raise ValueError(f"mask_file must have format {FORMAT!r} in its metadata, got {shown(metadata.get('format'))}")
     with readable(f"mask_file must have shapes, pattern and sparsity in its metadata, got {file}"):
         shapes, pattern = shapes_of(metadata), metadata["pattern"]
-        sparsity: float | None = parse_json(metadata["sparsity"], "its entry 'sparsity'", Sparsity)  # type: ignore[arg-type]
+        sparsity: Any = parse_json(metadata["sparsity"], "its entry 'sparsity'", Sparsity)  # type: ignore[arg-type]
         parse_pattern(pattern)
     for name in sorted(shapes.keys() ^ sizes.keys()):
         raise ValueError(f"mask_file must hold the tensors of its metadata, {name} is in one of the two only")
@@ -145,6 +161,8 @@ def _load_packed(file: Path) -> Mask:
         kind, count = sizes[name]
         if kind != "U8" or count != -(-math.prod(shape) // 8):
             raise ValueError(f"mask_file must hold one bit for each weight, {name} has {count} of {kind} for {shape}")
+    if isinstance(sparsity, dict) and sparsity.keys() != shapes.keys():
+        raise ValueError(f"mask_file must have a sparsity for each of its {len(shapes)} tensors, got {len(sparsity)}")
     return Mask(PackedTensors(file, shapes), pattern, sparsity)
 
 

@@ -294,4 +294,5 @@ class Walk:
                 return self._formed(hidden, original, args, kwargs)
 
             with self._instead(unchanged):
-                yield batch.rows, self._decode(stream.ids[batch.rows.start : batch.rows.stop])
+                hidden = self._decode(stream.ids[batch.rows.start : batch.rows.stop])
+            yield batch.rows, hidden

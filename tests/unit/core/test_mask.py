@@ -82,6 +82,24 @@ def test_metadata_tells_shapes_pattern_and_sparsity(tmp_path):
     assert (read.pattern, read.sparsity) == ("2:4", 0.5)
 
 
+def test_uneven_sparsity_is_kept_by_name_and_checked_by_name(tmp_path):
+    kept = {"a": torch.tensor([[True, False, False, False]]), "b": torch.ones(2, 4, dtype=torch.bool)}
+    save_mask(Mask(kept, sparsity={"a": 0.75, "b": 0.0}), tmp_path / MASK_FILE)
+    read = load_mask(tmp_path / MASK_FILE)
+    assert read.sparsity == {"a": 0.75, "b": 0.0}
+    weights = {name: mask.float() for name, mask in kept.items()}
+    assert integrity(weights, read)["passed"]
+    assert integrity(weights, read.only(["b"]))["passed"]
+    wrong = Mask(read.tensors, sparsity={"a": 0.5, "b": 0.0})
+    assert integrity(weights, wrong)["tensors"] == {"a": {"pruned": 3, "asked_for": 2}}
+
+
+def test_a_sparsity_that_some_tensors_lack_is_refused(tmp_path):
+    save_mask(Mask(random_mask(a=(3, 5), b=(8,)), sparsity={"a": 0.7}), tmp_path / MASK_FILE)
+    with pytest.raises(ValueError, match="^mask_file must have a sparsity for each of its 2 tensors, got 1"):
+        load_mask(tmp_path / MASK_FILE)
+
+
 def test_a_mask_file_is_readable_by_others(tmp_path):
     umask = os.umask(0o022)
     try:

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from components.core import perplexity as module
-from components.core.perplexity import decoder_and_head, perplexity
+from components.core.perplexity import decoder_and_head, perplexity, token_divergences
 from tests.conftest import SMALL, tiny_model
 
 OLD = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -65,6 +65,18 @@ def test_a_model_that_predicts_nothing_has_its_vocabulary_as_perplexity():
     model = tiny_model()
     torch.nn.init.zeros_(model.lm_head.weight)
     assert perplexity(model, random_blocks(2, 32)) == pytest.approx(SMALL["vocab_size"], rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+def test_divergences_are_those_of_the_definition(monkeypatch, chunk):
+    monkeypatch.setattr(module, "TOKENS_PER_CHUNK", chunk)
+    head, generator = tiny_model().lm_head, torch.Generator().manual_seed(0)
+    found, wanted = (torch.randn(3, 5, SMALL["hidden_size"], generator=generator) for _ in "12")
+    with torch.no_grad():
+        p, q = (head(hidden).double().softmax(-1) for hidden in (wanted, found))
+        divergences = token_divergences(found, wanted, head)
+        assert float(token_divergences(wanted, wanted, head).abs().max()) == 0
+    torch.testing.assert_close(divergences, (p * (p / q).log()).sum(-1).sum(-1), rtol=1e-4, atol=1e-6)
 
 
 def test_leaves_the_model_as_it_was():

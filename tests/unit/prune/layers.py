@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from components.prune import alps as alps_method
+from components.prune import magnitude as magnitude_method
 from components.prune import sparsegpt as sparsegpt_method
+from components.prune import wanda as wanda_method
 from components.prune.conditioning import inverse_factor
 
 Patterns = tuple[int, int] | None
@@ -24,7 +26,7 @@ def sparsegpt(
 ) -> list[tuple[Tensor, Tensor]]:
     """The method from the Hessian on."""
     factor = inverse_factor(hessian, damping, what)
-    return sparsegpt_method.sparsegpt(weights, factor, sparsity, n_of_m, **more)
+    return sparsegpt_method.sparsegpt(weights, factor, [sparsity] * len(weights), n_of_m, **more)
 
 
 def alps(
@@ -32,7 +34,17 @@ def alps(
 ) -> list[tuple[Tensor, Tensor]]:
     """The method from the Hessian on."""
     factor = inverse_factor(hessian, damping, "layer")
-    return alps_method.alps(weights, factor, sparsity, n_of_m)
+    return alps_method.alps(weights, factor, [sparsity] * len(weights), n_of_m)
+
+
+def wanda(weights: Sequence[Tensor], hessian: Tensor, sparsity: float, n_of_m: Patterns = None) -> list[tuple[Tensor, Tensor]]:
+    """The method with one sparsity."""
+    return wanda_method.wanda(weights, hessian, [sparsity] * len(weights), n_of_m)
+
+
+def magnitude(weights: Sequence[Tensor], sparsity: float, n_of_m: Patterns = None) -> list[tuple[Tensor, Tensor]]:
+    """The method with one sparsity."""
+    return magnitude_method.magnitude(weights, [sparsity] * len(weights), n_of_m)
 
 
 def layer(rows: int, columns: int, seed: int = 0, samples: int = 200) -> tuple[Tensor, Tensor]:

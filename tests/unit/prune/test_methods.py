@@ -9,8 +9,7 @@ from components.core.mask.mask import pruned_count
 from components.prune.refit import refit
 from components.prune.selection import keep_largest
 from components.prune.swaps import swap
-from components.prune.wanda import wanda
-from tests.unit.prune.layers import AWKWARD, alps, awkward_layer, damp, error_of, inputs_with_a_sink, layer, sparsegpt
+from tests.unit.prune.layers import AWKWARD, alps, awkward_layer, damp, error_of, inputs_with_a_sink, layer, sparsegpt, wanda
 
 PATTERNS = [None, (2, 4)]
 METHODS = {"alps": alps, "wanda": wanda, "sparsegpt": sparsegpt}

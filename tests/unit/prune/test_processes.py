@@ -86,7 +86,7 @@ def contents(folder, name):
     return [(folder / name / file).read_bytes() for file in ("model.safetensors", "sparsity_mask.safetensors")]
 
 
-@pytest.mark.parametrize(("processes", "changes"), [(2, {}), (3, UNEVEN), (2, BEST)])
+@pytest.mark.parametrize(("processes", "changes"), [(2, {}), (3, UNEVEN), (2, BEST), (2, {"allocation": "owl"})])
 def test_several_processes_prune_like_one(tmp_path, corpus, processes, changes):
     """With three, the rows of calibration text are not even, and one process has no evaluation text.
 
@@ -104,6 +104,8 @@ def test_several_processes_prune_like_one(tmp_path, corpus, processes, changes):
         assert ours["sparsity"] == theirs["sparsity"]
         for measured in ("relative_error", "relative_error_of_method", "condition", "damping"):
             assert ours[measured] == pytest.approx(theirs[measured], rel=1e-2, abs=1e-6)
+    for theirs, ours in zip(wanted["details"]["allocations"], found["details"]["allocations"], strict=True):
+        assert ours == theirs | {"divergence": pytest.approx(theirs["divergence"], rel=1e-3)}
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "several")]
     masks = [load_mask(tmp_path / name) for name in ("one", "several")]
     for name, kept in masks[0].tensors.items():

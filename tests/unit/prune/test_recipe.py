@@ -14,6 +14,7 @@ from components.prune.calibration import hessians, in_order, observe
 from components.prune.conditioning import inverse_factor
 from components.prune.layers import best_weight, prune_layers
 from components.prune.recipe import EFFORTS, Recipe, recipe_of
+from components.prune.trials import layers_of
 from tests.conftest import tiny_model
 from tests.unit.prune.layers import error_of, layer, sparsegpt
 from tests.unit.prune.test_prune import ids, prune, settings
@@ -58,7 +59,7 @@ def test_what_follows_the_method_only_lowers_the_error():
     weight, hessian = (part.float() for part in layer(24, 32))
     errors = []
     for changes in ({"refit": 0}, {"refit": 20}, {"refit": 20, "swaps": 10}):
-        (found,) = prune_layers([weight], hessian, settings(method="sparsegpt", sparsity=0.6, **changes), "layer")
+        (found,) = prune_layers([weight], hessian, [0.6], settings(method="sparsegpt", **changes), "layer")
         errors.append(error_of(weight, found.weight, hessian))
         assert found.measured["relative_error"] <= found.measured["relative_error_of_method"]
         assert found.measured["damping"] == 0.01
@@ -157,6 +158,8 @@ def output_error(weights, tokens):
 
 def test_a_block_that_is_trained_says_so(tmp_path):
     walk, work = walk_of(tiny_model("llama"), tmp_path / "dense"), SharedWork(tmp_path / "work", "pruning")
-    blocks.prune_model(walk, work, ids(8, 32), None, settings(reconstruct="block"))
+    blocks.prune_model(
+        walk, work, ids(8, 32), None, dict.fromkeys(layers_of(walk, settings()), 0.7), settings(reconstruct="block")
+    )
     for block in work.results:
         assert 0 < block["reconstruction"]["error_after"] < block["reconstruction"]["error_before"]

@@ -7,9 +7,9 @@ import torch
 
 from components.core.blocks import find_blocks, matrices
 from components.core.walk.stream import run_block
-from components.prune.magnitude import magnitude
 from components.prune.reconstruct import reconstruct
 from tests.conftest import VOCABULARY
+from tests.unit.prune.layers import magnitude
 from tests.walks import first_batches
 
 

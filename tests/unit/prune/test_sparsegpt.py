@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from components.core.mask.mask import pruned_count
-from components.prune.magnitude import magnitude
 from tests.unit.prune import layers
-from tests.unit.prune.layers import damp, layer
+from tests.unit.prune.layers import damp, layer, magnitude
 
 
 def sparsegpt(weight, hessian, *args, **kwargs):

@@ -114,6 +114,58 @@ def test_full_run_draws_every_plot(report: Report) -> None:
     assert "Largest: 2.02 in model.layers.2.mlp.down_proj.weight." in page
 
 
+def table(page: str, heading: str) -> list[list[str]]:
+    """The rows of the first table under a heading, each the text of its cells."""
+    body = page.split(f"<h2>{heading}</h2>", 1)[1].split("</table>", 1)[0]
+    cells = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row, re.DOTALL) for row in re.findall(r"<tr.*?</tr>", body, re.DOTALL)]
+    return [[" ".join(re.sub(r"<.*?>", " ", cell).split()) for cell in row] for row in cells]
+
+
+MEASURED = {
+    "sparsity": 0.625,
+    "damping": 0.01,
+    "condition": 123456.7,
+    "dead_inputs": 1536,
+    "relative_error_of_method": 0.34567,
+    "relative_error": 0.000123456,
+    "seconds": 0.0456,
+}
+
+
+def test_each_layer_has_a_line(report: Report) -> None:
+    records = full()
+    layers = records["sparse"]["details"]["layers"]
+    layers[0] |= MEASURED
+    page, _, _ = report(records)
+    headings, first, second, *others = table(page, "Layers")
+    assert headings[1:] == ["Sparsity", "Damping", "Condition", "Dead inputs", "Error before refit", "Error after", "Seconds"]
+    assert first == ["0 self_attn.q_proj", "62.5%", "0.01", "1.23e+05", "1,536", "0.346", "0.000123", "0.0456"]
+    assert second == ["0 mlp.down_proj", "70.0%", "–", "–", "–", "–", "0.02", "–"]  # an older record
+    assert len(others) == len(layers) - 2
+    assert "6 pruned layers" in page
+    assert "Allocation of sparsity" not in page
+
+
+def test_many_layers_are_cut_and_said_to_be(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.report.page.LAYERS", 4)
+    page, _, _ = report(full())
+    assert len(table(page, "Layers")) == 1 + 4
+    assert "the first 4; prune_stats.json has all" in page
+
+
+def test_allocations_that_were_tried_are_compared_with_the_first(report: Report) -> None:
+    records = full()
+    records["sparse"]["details"]["allocations"] = [
+        {"name": "uniform", "divergence": 2.0, "chosen": False},
+        {"name": "slope +0.1", "divergence": 1.5, "chosen": True},
+        {"name": "owl", "divergence": "?"},
+    ]
+    page, _, _ = report(records)
+    headings, *rows = table(page, "Allocation of sparsity")
+    assert headings == ["Candidate", "KL from the dense model, nats per token", "Chosen"]
+    assert rows == [["uniform", "2", ""], ["slope +0.1", "1.5 −25.0%", "chosen"], ["owl", "–", ""]]
+
+
 def test_page_needs_nothing_from_outside(report: Report) -> None:
     page, _, _ = report(full())
     assert not re.search(r"https?:|src=|@import|url\((?!#)|//[a-z]", page)
@@ -244,6 +296,7 @@ def test_unknown_stages_and_values_do_no_harm(report: Report) -> None:
     assert rows["int8_2"]["sparsity"] is None
     assert rows["fp8"]["integrity"] is None
     assert titles(page) == ["Perplexity by stage", "Size by stage"]
+    assert "<h2>Layers</h2>" not in page
 
 
 def test_a_whole_number_beyond_those_of_the_machine_does_no_harm(report: Report) -> None:
@@ -303,6 +356,14 @@ def test_numbers_read_well() -> None:
         "1 h 05 min",
     ]
     assert [text.perplexity(value) for value in (None, 29.6018, 1234.5, 3.2e9)] == ["–", "29.60", "1,234", "3.20e+09"]
+    assert [text.significant(value) for value in (None, "x", 0, 12345, 0.0, 1234.5)] == [
+        "–",
+        "–",
+        "0",
+        "12,345",
+        "0",
+        "1.23e+03",
+    ]
     assert [text.change(value, 20) for value in (30, 10, 400)] == ["+50.0%", "−50.0%", "×20"]
     assert [text.plain(value) for value in (None, "", True, 2e-05, [1, None], "é")] == [
         "–",

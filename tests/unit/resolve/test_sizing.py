@@ -55,6 +55,14 @@ def test_dense_blocks_beside_the_pruned_ones_take_memory_and_disk(changes):
     assert more.disk["hidden states"] > plain.disk["hidden states"]
 
 
+def test_allocations_that_are_tried_take_memory_and_a_search_disk():
+    plain, owl, search = (
+        prune(SMALLEST, run_with(prune_allocation=name, eval_blocks=1)) for name in ("uniform", "owl", "search")
+    )
+    assert total(plain.gpu) < total(owl.gpu) == total(search.gpu)
+    assert plain.disk["hidden states"] == owl.disk["hidden states"] < search.disk["hidden states"]
+
+
 def test_constants_are_those_of_the_stages():
     assert (perplexity.TOKENS_PER_FORWARD, perplexity.TOKENS_PER_CHUNK) == (sizing.TOKENS_PER_FORWARD, sizing.TOKENS_PER_CHUNK)
     assert loss.CHUNK_BYTES == sizing.CHUNK_BYTES
