@@ -86,7 +86,7 @@ def evaluation(corpus):
 def plain_perplexity(folder, evaluation):
     """The perplexity by the logits of the model that transformers loads."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ids = load_blocks("eval_data", evaluation["eval_data"], "eval", load_tokenizer(folder), 32, 4).ids
+    ids = load_blocks("eval_data", evaluation["eval_data"], "eval", load_tokenizer(folder), "auto", 32, 4).ids
     logits = model(input_ids=ids, use_cache=False).logits.double()
     return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp())
 

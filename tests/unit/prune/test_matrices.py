@@ -114,7 +114,7 @@ def run(tmp_path, corpus):
         model = random_model(config)
         model.save_pretrained(dense)
         tiny_tokenizer().save_pretrained(dense)
-        common = {"nsamples": 8, "seq_len": 32, "skip_ppl_eval": True, "calibration_data": str(corpus)}
+        common = {"nsamples": 8, "seq_len": 32, "dtype": "float32", "skip_ppl_eval": True, "calibration_data": str(corpus)}
         record = stage.run(settings(dense_model=str(dense), output_dir=str(output), **common | changes))
         after = AutoModelForCausalLM.from_pretrained(output)
         return record, load_mask(output), model.state_dict(), after.state_dict()
@@ -144,7 +144,7 @@ def test_the_recorded_error_is_that_of_the_outputs(run, config, method):
 
 def calibration_ids(record):
     given = record.parameters
-    sizes = load_tokenizer(given["dense_model"]), given["seq_len"], given["nsamples"], given["seed"]
+    sizes = load_tokenizer(given["dense_model"]), given["bos"], given["seq_len"], given["nsamples"], given["seed"]
     return load_blocks("calibration_data", given["calibration_data"], "calibration", *sizes).ids
 
 

@@ -21,7 +21,7 @@ from tests.conftest import save_tiny
 
 ROOT = Path(__file__).parents[3]
 SMALL = {"nsamples": 8, "seq_len": 32, "eval_blocks": 2, "eval_seq_len": 32}
-UNEVEN = {"pattern": "2:4", "sparsity": 0.5, "nsamples": 32}
+UNEVEN = {"pattern": "2:4", "sparsity": 0.5, "nsamples": 32, "refit": 100}
 BEST = {"effort": "best", "method": "wanda", "reconstruct_epochs": 1}
 LAYERS = 8  # so that there is time to kill a run between its first and its last block
 
@@ -37,7 +37,8 @@ def folder(tmp_path_factory, corpus) -> Path:
 
 
 def settings(folder, corpus, name, **changes):
-    places = {"dense_model": str(folder / "dense"), "output_dir": str(folder / name)}
+    """In float32 throughout: sums in another order may round to other numbers in bfloat16, a hundredth apart."""
+    places = {"dense_model": str(folder / "dense"), "output_dir": str(folder / name), "dtype": "float32"}
     return places | {"calibration_data": str(corpus), "eval_data": str(corpus)} | SMALL | changes
 
 
@@ -90,7 +91,7 @@ def contents(folder, name):
 def test_several_processes_prune_like_one(tmp_path, corpus, processes, changes):
     """With three, the rows of calibration text are not even, and one process has no evaluation text.
 
-    A model of two blocks: in many, scores that are nearly tied and fall otherwise change all that comes after them.
+    A model of two blocks: scores that are nearly tied, and fall otherwise in the first, change the inputs of all that follow.
     """
     save_tiny(tmp_path / "dense", "qwen3", tied=True)
     run(PruneConfig(**settings(tmp_path, corpus, "one", **changes)))
@@ -102,8 +103,9 @@ def test_several_processes_prune_like_one(tmp_path, corpus, processes, changes):
         assert found["measured"][measured] == pytest.approx(wanted["measured"][measured], rel=1e-3)
     for theirs, ours in zip(wanted["details"]["layers"], found["details"]["layers"], strict=True):
         assert ours["sparsity"] == theirs["sparsity"]
+        within = 5e-2 if theirs["block"] else 1e-3
         for measured in ("relative_error", "relative_error_of_method", "condition", "damping"):
-            assert ours[measured] == pytest.approx(theirs[measured], rel=1e-2, abs=1e-6)
+            assert ours[measured] == pytest.approx(theirs[measured], rel=within, abs=1e-6)
     for theirs, ours in zip(wanted["details"]["allocations"], found["details"]["allocations"], strict=True):
         assert ours == theirs | {"divergence": pytest.approx(theirs["divergence"], rel=1e-3)}
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "several")]

@@ -225,7 +225,7 @@ def test_activations_of_evaluation_text_that_are_not_finite_are_an_error_before_
     monkeypatch.setattr(blocks, "prune_layers", None)
     rule = "^dtype must hold the activations: the output of model.layers.0.input_layernorm is not finite; try bfloat16$"
     with pytest.raises(ValueError, match=rule):
-        prune_model(walk_of(model, tmp_path / "dense"), work, calibration, evaluation, settings())
+        prune_model(walk_of(model, tmp_path / "dense"), work, calibration, evaluation, {}, settings())
 
 
 def test_qwen3_has_its_norms_left_alone(tmp_path):
