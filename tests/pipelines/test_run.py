@@ -120,7 +120,7 @@ def test_the_report_has_every_stages_whole_record_from_the_quantized_models_alon
     folder, _ = finished
     made = {stage: next(folder.glob(f"artifacts/*/*/{name}")) for name, stage in MODELS.items()}
     whole = [StageRecord.load(place / stats_file(stage)) for stage, place in made.items()]
-    assert [{*record.details} for record in whole] == [set(), {"layers"}, {"inputs", "steps", "epochs"}]
+    assert [{*record.details} for record in whole] == [set(), {"layers", "allocations"}, {"inputs", "steps", "epochs"}]
     formats = {}
     for place in folder.glob("artifacts/*/quantize/quantized_model"):
         record = StageRecord.load(place / stats_file("quantize"))
