@@ -79,6 +79,7 @@ def main() -> None:
         print(f"{depth} layers, {size / 1e9:.2f} GB", flush=True)
         evaluation = [*flags_of(EVALUATION), "--eval_data", "builtin:python-docs"]
         common = ["--calibration_data", "builtin:python-docs", "--method", config.method, *flags_of(TEXT), *evaluation]
+        common += ["--refit", "2"]  # of which more would take time, but no more memory
         model = str(place / "dense")
         commands = {
             "prune": ["--dense_model", model, "--output_dir", str(place / "pruned"), *common],
