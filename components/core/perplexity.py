@@ -18,7 +18,7 @@ from components.core.head import Head
 from components.core.progress import track
 
 TOKENS_PER_FORWARD = 2048
-TOKENS_PER_CHUNK = 512
+TOKENS_PER_CHUNK = 128  # 78 MB of float32 logits for a vocabulary of 152,000
 PROBE_TOKENS = 8
 
 

@@ -31,7 +31,7 @@ EVAL_TOKENS, TRAIN_TOKENS = 300_000, 2_500_000  # of WikiText-2, where a run tak
 KEPT_CHECKPOINTS = 2
 
 # as in core/perplexity.py and distill/loss.py, which need torch
-TOKENS_PER_FORWARD, TOKENS_PER_CHUNK = 2048, 512
+TOKENS_PER_FORWARD, TOKENS_PER_CHUNK = 2048, 128
 CHUNK_BYTES = 512 * 2**20
 LOGIT_BYTES = 10  # of each logit when perplexity is measured: in the number format, in float32, and its logarithm
 COMPARED_BYTES = 24  # of each logit when allocations are compared: those of two models, and the divergence

@@ -21,7 +21,7 @@ from components.core.cli import parse
 from components.core.files import FINISHED, check_new
 from tests.benchmarks.models import make_model
 
-TEXT = ["--nsamples", "4", "--seq_len", "64"]
+TEXT = ["--nsamples", "4", "--seq_len", "64", "--refit", "2"]
 EVALUATION = ["--eval_blocks", "4", "--eval_seq_len", "64", "--eval_data", "builtin:python-docs"]
 GOING_ON = re.compile(r"going on after the (\d+) blocks")
 
