@@ -23,7 +23,7 @@ from components.core.mask.mask import Mask, save_mask_part
 from components.core.perplexity import from_losses
 from components.core.processes import from_all, is_main, process_count, rank, spread, together
 from components.core.progress import log, track
-from components.core.walk.stream import Batch, Stream
+from components.core.walk.stream import Batch, Stream, batches_of, run_block
 from components.core.walk.walk import Walk
 from components.core.walk.work import SharedWork
 from components.prune.calibration import Group, hessians, in_order, observe
@@ -114,14 +114,28 @@ def begin(walk: Walk, folder: Path, calibration: Tensor, evaluation: Tensor | No
         if fresh and is_main():
             outside = walk.weights.stored_names(parameters_outside(walk.model, walk.blocks))
             save_tensors(outside, part_file(folder, 0))
-        autocast = fast_dtype(config.dtype, walk.device)
-        texts = Texts(walk.record(share(calibration), folder, f"calibration-{rank()}", fresh, autocast))
+        recorded = walk.record(share(calibration), folder, f"calibration-{rank()}", fresh)
+        texts = Texts(made_fast(recorded, walk, config))
         if recipe_of(config).needs_dense:
             texts = replace(texts, reference=walk.twin(texts.calibration, folder, f"reference-{rank()}", fresh))
         if evaluation is None or not len(share(evaluation)):
             return texts
         dense = walk.record(share(evaluation), folder, f"dense-{rank()}", fresh)
         return replace(texts, dense=dense, pruned=walk.twin(dense, folder, f"pruned-{rank()}", fresh))
+
+
+@torch.no_grad()
+def made_fast(text: Stream, walk: Walk, config: PruneConfig) -> Stream:
+    """Calibration text, to be multiplied in a faster number format if there is one and the model's own code works with it."""
+    fast = replace(text, autocast=fast_dtype(config.dtype, walk.device))
+    rows = batches_of(text.ids)[0]
+    hidden = torch.zeros(len(rows), *text.files[0].shape[1:], dtype=walk.dtype, device=walk.device)
+    with walk.block(0) as block:
+        try:
+            run_block(block, Batch(rows, hidden, text.calls[0][0], fast.autocast))
+        except RuntimeError:  # such as one that writes what it has multiplied into a tensor of the block's format
+            return text
+    return fast
 
 
 def share(rows: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from components.core.blocks import weights_of
-from components.core.device import fast_dtype
 from components.core.files import check_room
 from components.core.head import Head
 from components.core.perplexity import token_divergences
@@ -25,7 +24,7 @@ from components.core.walk.stream import Stream
 from components.core.walk.walk import Walk
 from components.core.walk.work import SharedWork
 from components.prune.allocation import OUTLIER, Layer, Plan, budgeted, first_plans, second_plans
-from components.prune.blocks import Layers, chosen, prune_groups, share
+from components.prune.blocks import Layers, chosen, made_fast, prune_groups, share
 from components.prune.calibration import Group, hessians, observe
 from components.prune.conditioning import input_scales
 from components.prune.config import QUARTERS, UNIFORM, PruneConfig
@@ -176,7 +175,7 @@ def begin(
         walk.check()
     with walk.outside():
         dense = Texts(
-            walk.record(share(inputs), folder, f"inputs-{rank()}", fresh, fast_dtype(config.dtype, walk.device)),
+            made_fast(walk.record(share(inputs), folder, f"inputs-{rank()}", fresh), walk, config),
             walk.record(share(compared), folder, f"compared-{rank()}", fresh),
         )
         texts = {DENSE: dense}

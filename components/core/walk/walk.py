@@ -231,7 +231,7 @@ class Walk:
             )
 
     @torch.no_grad()
-    def record(self, ids: Tensor, folder: Path, name: str, fresh: bool, autocast: torch.dtype | None = None) -> Stream:
+    def record(self, ids: Tensor, folder: Path, name: str, fresh: bool) -> Stream:
         """Begin a walk of token blocks; what lies outside the blocks must be loaded.
 
         Args:
@@ -239,7 +239,6 @@ class Walk:
             folder: where to keep hidden states.
             name: of their files.
             fresh: whether to write those before the first block; if not, an earlier process has got further.
-            autocast: see `Batch`.
 
         Raises:
             ReplayError: see `check`.
@@ -255,7 +254,7 @@ class Walk:
                 files = [Activations(folder / f"{name}.{parity}", shape, hidden.dtype) for parity in (0, 1)]
             if fresh:
                 files[0].write(rows, hidden)
-        return Stream(ids, calls, (files[0], files[1]), autocast)
+        return Stream(ids, calls, (files[0], files[1]))
 
     def twin(self, stream: Stream, folder: Path, name: str, fresh: bool) -> Stream:
         """Another walk of the same tokens, with hidden states of its own. Arguments as for `record`."""

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from components.core.blocks import check_blocks, find_blocks, matrices
 from components.core.history import read_history
@@ -304,3 +305,20 @@ def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path, corpus, monkey
     assert found.details["allocations"] == wanted.details["allocations"]
     assert len(pruned) - undisturbed <= 1.5 * undisturbed  # of two blocks, that during which it was killed is pruned again
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out", "wanted"]
+
+
+def test_calibration_text_is_multiplied_in_bfloat16_only_where_the_models_code_works_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "fast_dtype", lambda *_: torch.bfloat16)
+    walk = walk_of(tiny_model(), tmp_path / "dense")
+    with walk.outside():
+        text = walk.record(ids(2, 16), tmp_path, "text", True)
+        assert blocks.made_fast(text, walk, settings()).autocast is torch.bfloat16
+        forward = LlamaMLP.forward
+
+        def strict(layer, x):
+            out = torch.zeros_like(x)
+            out[torch.tensor([0, 1])] = forward(layer, x)  # which takes no other number format
+            return out
+
+        monkeypatch.setattr(LlamaMLP, "forward", strict)
+        assert blocks.made_fast(text, walk, settings()) is text
