@@ -127,15 +127,17 @@ def begin(walk: Walk, folder: Path, calibration: Tensor, evaluation: Tensor | No
 @torch.no_grad()
 def made_fast(text: Stream, walk: Walk, config: PruneConfig) -> Stream:
     """Calibration text, to be multiplied in a faster number format if there is one and the model's own code works with it."""
-    fast = replace(text, autocast=fast_dtype(config.dtype, walk.device))
+    autocast = fast_dtype(config.dtype, walk.device)
+    if autocast is None:
+        return text
     rows = batches_of(text.ids)[0]
     hidden = torch.zeros(len(rows), *text.files[0].shape[1:], dtype=walk.dtype, device=walk.device)
     with walk.block(0) as block:
         try:
-            run_block(block, Batch(rows, hidden, text.calls[0][0], fast.autocast))
+            run_block(block, Batch(rows, hidden, text.calls[0][0], autocast))
         except RuntimeError:  # such as one that writes what it has multiplied into a tensor of the block's format
             return text
-    return fast
+    return replace(text, autocast=autocast)
 
 
 def share(rows: Tensor) -> Tensor:
