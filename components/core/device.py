@@ -1,7 +1,9 @@
 """Choose the device and the number format."""
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +100,19 @@ def fast_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
     if dtype == "auto" and device.type == "cpu" and (native.get("avx512_bf16") or native.get("amx_bf16")):
         return torch.bfloat16
     return None
+
+
+@contextlib.contextmanager
+def factors_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Within it, float32 matrix products on a CPU round their factors to bfloat16 if `dtype` is that, and add up in float32."""
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # it is put there when the module is imported
+    before = products.fp32_precision
+    if dtype == torch.bfloat16:
+        products.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def pick_dtype(dtype: str, device: torch.device, folder: str | Path) -> torch.dtype:

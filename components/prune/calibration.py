@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from components.core.blocks import matrices, weights_of
+from components.core.device import factors_in
 from components.core.processes import add_up, from_all, process_count, rank, together
 from components.core.walk.stream import Batch, run_block
 
@@ -179,7 +180,8 @@ def observe(
             leader = seen.leader.setdefault(name, shared or name)
             if leader == name:
                 inputs.append((name, x))
-                _add(seen, name, x, wanted[number][1] if wanted else None)
+                with factors_in(batch.autocast):  # which is what the matrix itself makes of them
+                    _add(seen, name, x, wanted[number][1] if wanted else None)
             elif shared != leader:
                 raise ValueError(f"dense_model must give {name} the same input as {leader} in every batch")
         may_stop = len(calls) == len({name for name, _ in calls})

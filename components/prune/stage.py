@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from components.core.tokens import TokenBlocks, count_overlaps, id_fingerprint, 
 from components.core.walk.walk import Walk
 from components.core.walk.work import SharedWork, work_key
 from components.prune.blocks import chosen, mask_part, prune_model
-from components.prune.config import UNIFORM, PruneConfig
-from components.prune.recipe import recipe_of
+from components.prune.config import PruneConfig
+from components.prune.recipe import AUTO, UNIFORM, recipe_of
 from components.prune.trials import allocate
 
 
@@ -46,7 +46,7 @@ def run(config: PruneConfig) -> StageRecord:
     processes.end_with_launcher()
     device = pick_device(config.gpus)
     folder = local_folder(config.dense_model, parameter="dense_model")
-    model_config = check_model(config, folder)
+    model_config, config = check_model(config, folder)
     if config.nproc_per_node > 1 and not processes.started_already():
         flags = flags_of(config, PruneConfig)
         # on a port that is free, and without a look-up of this machine's name, which a pod may not have
@@ -169,8 +169,11 @@ def total_sparsity(layers: list[dict[str, Any]]) -> float:
     return zeros / sum(sizes)
 
 
-def check_model(config: PruneConfig, folder: Path) -> Any:
-    """Check the model, sequence lengths and free disk space before weights are read; returns the model's configuration.
+def check_model(config: PruneConfig, folder: Path) -> tuple[Any, PruneConfig]:
+    """Check the model, sequence lengths and free disk space before weights are read.
+
+    Returns:
+        the model's configuration, and the stage's settings as they suit it.
 
     Raises:
         ValueError: one of them does not fit.
@@ -184,10 +187,11 @@ def check_model(config: PruneConfig, folder: Path) -> Any:
     name, blocks = find_blocks("dense_model", empty)
     check_blocks("dense_model", name, blocks, n_of_m[1] if n_of_m else 1, config.ignored())
     check_ignore(config, name, blocks)
-    check_experts(config, name, blocks)
+    if any(map(stack_names, blocks)):
+        config = suiting_experts(config, name)
     check_none_empty(config, name, blocks)
     check_new("output_dir", config.output_dir, weight_bytes(folder))
-    return model_config
+    return model_config, config
 
 
 def check_ignore(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:
@@ -200,18 +204,23 @@ def check_ignore(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:
         raise ValueError(f"ignore must leave something to prune, got {shown(config.ignore)}")
 
 
-def check_experts(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:
-    """Raise ValueError if a setting does not suit a model that routes its tokens to experts.
+def suiting_experts(config: PruneConfig, name: str) -> PruneConfig:
+    """The settings for a model that routes its tokens to experts; what its preset says otherwise is told.
 
     A token may be routed to another expert after pruning, which has no output for it in the dense model. Experts that are
     stored together have equal sparsities.
+
+    Raises:
+        ValueError: other settings are given.
     """
-    if not any(map(stack_names, blocks)):
-        return
-    if recipe_of(config).target == "dense":
-        raise ValueError(f"target must be pruned for a model that routes its tokens, got dense: {name} has experts")
-    if config.allocation != UNIFORM:
-        raise ValueError(f"allocation must be {UNIFORM} for a model with experts, got {config.allocation}: {name} has some")
+    recipe = recipe_of(config)
+    for parameter, wanted in {"target": "pruned", "allocation": UNIFORM}.items():
+        given, found = getattr(config, parameter), getattr(recipe, parameter)
+        if given not in (AUTO, wanted):
+            raise ValueError(f"{parameter} must be {wanted} for a model with experts, got {given}: {name} has some")
+        if found != wanted:
+            log(f"{parameter} is {wanted}, not {found} as in effort {config.effort}: {name} has experts")
+    return replace(config, target="pruned", allocation=UNIFORM)
 
 
 def check_none_empty(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:

@@ -27,10 +27,12 @@ from components.prune.allocation import OUTLIER, Layer, Plan, budgeted, first_pl
 from components.prune.blocks import Layers, chosen, made_fast, prune_groups, share
 from components.prune.calibration import Group, hessians, observe
 from components.prune.conditioning import input_scales
-from components.prune.config import QUARTERS, UNIFORM, PruneConfig
+from components.prune.config import QUARTERS, PruneConfig
+from components.prune.recipe import UNIFORM, recipe_of
 
 Sparsities = Mapping[str, float]  # name of a parameter → share of zeros
 DENSE = "dense"  # beside the candidates
+USING_OUTLIERS = ("owl", "search")  # allocations
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Verdict:
 
     Attributes:
         divergences: candidate → mean KL(dense ‖ pruned) of the predictions after each token, in nats.
-        outliers: of each block, the share of Wanda scores above `OUTLIER` times their mean.
+        outliers: of each block, the share of Wanda scores above `OUTLIER` times their mean; 0 if they are not counted.
     """
 
     divergences: dict[str, float]
@@ -105,13 +107,13 @@ def allocate(walk: Walk, place: Path, calibration: Tensor, config: PruneConfig) 
     Raises:
         ValueError: the model cannot be pruned.
     """
-    layers = layers_of(walk, config)
-    if config.allocation == UNIFORM:
+    layers, kind = layers_of(walk, config), recipe_of(config).allocation
+    if kind == UNIFORM:
         return Allocation(UNIFORM, dict.fromkeys(layers, config.sparsity), {})
-    tried = planned(first_plans(config.allocation, layers), layers, config)
-    verdict = try_out(walk, place / "allocation-1", calibration, tried, config)
+    tried = planned(first_plans(kind, layers), layers, config)
+    verdict = try_out(walk, place / "allocation-1", calibration, tried, config, outliers=kind in USING_OUTLIERS)
     divergences = verdict.divergences
-    if plans := second_plans(config.allocation, layers, divergences, verdict.outliers):
+    if plans := second_plans(kind, layers, divergences, verdict.outliers):
         more = planned(plans, layers, config)
         divergences = divergences | try_out(walk, place / "allocation-2", calibration, more, config).divergences
         tried |= more
@@ -129,7 +131,13 @@ def planned(plans: Mapping[str, Plan], layers: Mapping[str, Layer], config: Prun
 
 
 def try_out(
-    walk: Walk, folder: Path, calibration: Tensor, candidates: Mapping[str, Sparsities], config: PruneConfig
+    walk: Walk,
+    folder: Path,
+    calibration: Tensor,
+    candidates: Mapping[str, Sparsities],
+    config: PruneConfig,
+    *,
+    outliers: bool = False,
 ) -> Verdict:
     """Compare candidates in one walk; goes on after the blocks that are finished. Every process calls this.
 
@@ -139,6 +147,7 @@ def try_out(
         calibration: ids [nsamples, seq_len].
         candidates: name → the sparsity of each layer.
         config: the stage's settings.
+        outliers: whether to count outliers, which takes the Hessians of the dense model's inputs.
 
     Raises:
         ValueError: the model cannot be pruned.
@@ -152,11 +161,11 @@ def try_out(
         streams = [stream for text in texts.values() for stream in (text.inputs, text.compared)]
         for index in track(range(done, count), "trying allocations", count - done):
             with walk.block(index) as block:
-                outliers = try_block(walk, block, index, texts, candidates, plain)
+                found = try_block(walk, block, index, texts, candidates, plain, outliers)
             last = index + 1 == count
             divergences = compare(walk, texts) if last else {}
             states = [] if last else [stream.before(index + 1) for stream in streams]
-            work.commit({"outliers": outliers, "divergences": divergences}, activations=states)
+            work.commit({"outliers": found, "divergences": divergences}, activations=states)
         for stream in streams:
             for states_of in stream.files:
                 states_of.file.unlink()
@@ -167,17 +176,16 @@ def begin(
     walk: Walk, folder: Path, calibration: Tensor, candidates: Mapping[str, Sparsities], config: PruneConfig, fresh: bool
 ) -> dict[str, Texts]:
     """Check the model and the disk, unless an earlier process has; returns this process's texts, see `Texts`."""
-    inputs, compared, *_ = calibration.tensor_split(QUARTERS)
+    first, second, *_ = calibration.tensor_split(QUARTERS)
     if fresh:
         if is_main():
-            room = walk.disk([inputs, compared] * (1 + len(candidates)))
+            room = walk.disk([first, second] * (1 + len(candidates)))
             check_room("output_dir", config.output_dir, room, ", with the hidden states on their way")
         walk.check()
     with walk.outside():
-        dense = Texts(
-            made_fast(walk.record(share(inputs), folder, f"inputs-{rank()}", fresh), walk, config),
-            walk.record(share(compared), folder, f"compared-{rank()}", fresh),
-        )
+        inputs = made_fast(walk.record(share(first), folder, f"inputs-{rank()}", fresh), walk, config)
+        compared = walk.record(share(second), folder, f"compared-{rank()}", fresh)
+        dense = Texts(inputs, replace(compared, autocast=inputs.autocast))
         texts = {DENSE: dense}
         for number, name in enumerate(candidates):
             streams = {"inputs": dense.inputs, "compared": dense.compared}
@@ -194,27 +202,32 @@ def try_block(
     texts: Mapping[str, Texts],
     candidates: Mapping[str, Sparsities],
     config: PruneConfig,
+    outliers: bool,
 ) -> float:
     """Let the texts go through a block, dense and then pruned for each candidate; returns its share of outliers."""
     prefix = f"{walk.name}.{index}"
     with together():
         dense = {name: weight.clone() for name, weight in weights_of(block).items()}
         pruned = chosen(block, prefix, config)
-    outliers = 0.0
-    for name, text in texts.items():
+
+    def groups_of(text: Texts) -> list[Group]:
         with together():
-            for layer, weight in weights_of(block).items():
-                weight.copy_(dense[layer])
             observed = observe(block, text.inputs.batches(index, walk.device), pruned)
-        groups = hessians(block, observed, prefix)
-        if name == DENSE:
-            outliers = outlier_share(block, groups)
-        else:
-            prune_groups(block, groups, candidates[name], Layers(), prefix, config)
+        return hessians(block, observed, prefix)
+
+    found = 0.0
+    for name, text in texts.items():
+        if name != DENSE:
+            with together():
+                for layer, weight in weights_of(block).items():
+                    weight.copy_(dense[layer])
+            prune_groups(block, groups_of(text), candidates[name], Layers(), prefix, config)
+        elif outliers:
+            found = outlier_share(block, groups_of(text))
         with together():
             walk.advance(text.inputs, index)
             walk.advance(text.compared, index)
-    return outliers
+    return found
 
 
 @torch.no_grad()

@@ -5,18 +5,22 @@
 Every row prunes SmolLM2-135M on 32 blocks of 512 tokens, as its user would, and measures the first 16 blocks of 512 tokens of
 the evaluation text. The first row is a plain transcription of SparseGPT's published code (Frantar & Alistarh 2023): one
 sequence at a time through a block, and a Hessian, its factors and a pass over the columns for each linear layer. Its time too
-includes reading the model and both perplexities. Rows that are finished are not run again by the same command.
+includes reading the model and both perplexities. Rows that are finished are not run again by the same command. Besides the
+table there is a picture, prune.svg, of perplexity against time.
 """
 
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from components.core.blocks import find_blocks
@@ -46,7 +50,7 @@ ROWS = {
         for name, flags in (METHODS | PRESETS).items()
     },
 }
-REFERENCE = "reference"
+REFERENCE, LLM_COMPRESSOR = "reference", "llm-compressor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +64,18 @@ class BenchConfig:
     output_dir: str
     """Folder for the results: a file for each row."""
     rows: list[str] = field(default_factory=lambda: [REFERENCE, *METHODS, "alps", *PRESETS])
-    """Which rows to run. There are also the presets with other seeds, as in `fast, seed 1`, and all methods and presets with
-    other sparsities, as in `best, 2:4` and `wanda, 50 %`."""
+    """Which rows to run. There are also the presets with other seeds, as in `fast, seed 1`, all methods and presets with other
+    sparsities, as in `best, 2:4` and `wanda, 50 %`, and `llm-compressor`."""
+    llm_compressor: str = ""
+    """Python of an environment that has llmcompressor, for the row of this name."""
 
     def __post_init__(self) -> None:
+        names = (REFERENCE, LLM_COMPRESSOR, *ROWS)
         for row in self.rows:
-            if row not in (REFERENCE, *ROWS):
-                raise ValueError(f"rows must be of {', '.join((REFERENCE, *ROWS))}, got {row}")
+            if row not in names:
+                raise ValueError(f"rows must be of {', '.join(names)}, got {row}")
+        if LLM_COMPRESSOR in self.rows and not Path(self.llm_compressor).is_file():
+            raise ValueError(f"llm_compressor must be a Python for the row {LLM_COMPRESSOR}, got {self.llm_compressor!r}")
 
 
 class Layer:
@@ -145,8 +154,8 @@ def prune_like_the_reference(model: nn.Module, ids: Tensor, sparsity: float) -> 
         inputs = [block(hidden, **named) for hidden, named in zip(inputs, arguments, strict=True)]
 
 
-def reference(config: BenchConfig) -> dict[str, float]:
-    """Measure the reference."""
+def other(config: BenchConfig, row: str) -> dict[str, float]:
+    """Measure what is not ours: the reference, or llm-compressor."""
     start = time.monotonic()
     folder = local_folder(SMOLLM2)
     tokenizer = load_tokenizer(folder)
@@ -155,10 +164,20 @@ def reference(config: BenchConfig) -> dict[str, float]:
     )
     evaluation = load_blocks("eval_data", config.eval_data, "eval", tokenizer, "auto", LENGTH, EVAL_BLOCKS)
     model = load_model(folder, torch.float32, torch.device("cpu"))
-    dense = perplexity(model, evaluation.ids)
-    prune_like_the_reference(model, calibration.ids, 0.7)
-    found = {"perplexity_before": dense, "perplexity": perplexity(model, evaluation.ids)}
-    return found | {"seconds": time.monotonic() - start, "peak_memory_bytes": peak_memory()}
+    found = {"perplexity_before": perplexity(model, evaluation.ids)}
+    if row == REFERENCE:
+        prune_like_the_reference(model, calibration.ids, 0.7)
+        memory = peak_memory()
+    else:
+        with tempfile.TemporaryDirectory(dir=config.output_dir) as place:
+            save_file({"ids": calibration.ids}, f"{place}/ids")
+            script = Path(__file__).with_name("llm_compressor.py")
+            command = [config.llm_compressor, str(script), str(folder), f"{place}/ids", f"{place}/model"]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            memory = int(done.stdout.splitlines()[-1])
+            model.load_state_dict(load_model(f"{place}/model", torch.float32, torch.device("cpu")).state_dict())
+    found["perplexity"] = perplexity(model, evaluation.ids)
+    return found | {"seconds": time.monotonic() - start, "peak_memory_bytes": memory}
 
 
 def stage(config: BenchConfig, row: str) -> dict[str, float]:
@@ -173,19 +192,35 @@ def stage(config: BenchConfig, row: str) -> dict[str, float]:
     return found
 
 
+def draw(found: dict[str, dict[str, float]], file: Path) -> None:
+    """Draw perplexity against time, both logarithmic; rows whose model has collapsed would only hide the others."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="seconds", ylabel="perplexity", xscale="log", yscale="log")
+    best = min(row["perplexity"] for row in found.values())
+    for name, row in found.items():
+        if row["perplexity"] <= 4 * best:
+            axes.plot(row["seconds"], row["perplexity"], "o")
+            axes.annotate(name, (row["seconds"], row["perplexity"]), (6, 4), textcoords="offset points")
+    axes.margins(0.15)
+    axes.grid(which="both", linewidth=0.3)
+    figure.savefig(file, metadata={"Date": None})
+
+
 def main() -> None:
-    """Run the rows that are missing, and print the table."""
+    """Run the rows that are missing, print the table, and draw the picture."""
     config = parse(BenchConfig)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{'':24} {'dense':>8} {'pruned':>8} {'seconds':>8} {'peak GB':>8}", flush=True)
+    rows: dict[str, dict[str, float]] = {}
     for row in config.rows:
         file = folder / f"{row.replace(' ', '-')}.json"
         if not file.is_file():
-            file.write_text(json.dumps(reference(config) if row == REFERENCE else stage(config, row)))
-        found = json.loads(file.read_text())
+            file.write_text(json.dumps(stage(config, row) if row in ROWS else other(config, row)))
+        found = rows[row] = json.loads(file.read_text())
         dense, pruned, seconds = (found[name] for name in ("perplexity_before", "perplexity", "seconds"))
         print(f"{row:24} {dense:8.2f} {pruned:8.2f} {seconds:8.0f} {found['peak_memory_bytes'] / 1e9:8.2f}", flush=True)
+    draw(rows, folder / "prune.svg")
 
 
 if __name__ == "__main__":

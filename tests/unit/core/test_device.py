@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from components.core import device
-from components.core.device import cpu_quota, pick_device, pick_dtype
+from components.core.device import cpu_quota, factors_in, pick_device, pick_dtype
 from components.core.settings import ANY_GPUS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -82,3 +82,19 @@ def test_a_missing_gpu_is_an_error(monkeypatch, wanted, visible):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     with pytest.raises(ValueError, match=f"^gpus must be at most the {visible} GPUs that can be used here, got {wanted}$"):
         pick_device(wanted)
+
+
+@pytest.mark.parametrize("rounded", [torch.bfloat16, None])
+def test_factors_may_be_rounded_and_sums_are_not(rounded):
+    x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    exact = x.double().T @ x.double()
+    rough = x.bfloat16().double().T @ x.bfloat16().double()
+
+    def error(wanted):
+        return float((x.T @ x - wanted).abs().max())
+
+    with factors_in(rounded):
+        found = min(error(exact), error(rough if rounded else exact))  # a CPU without bfloat16 rounds nothing
+        in_sixteen_bits = float((rough.bfloat16() - rough).abs().max())
+        assert found < 0.01 < in_sixteen_bits
+    assert error(exact) < 0.01

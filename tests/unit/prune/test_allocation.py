@@ -15,7 +15,8 @@ from components.core.walk.work import SharedWork
 from components.prune import trials
 from components.prune.allocation import Layer, budgeted, denser, first_plans, owl, second_plans, slope
 from components.prune.blocks import prune_model
-from components.prune.config import HIGHEST, UNIFORM, PruneConfig
+from components.prune.config import HIGHEST, PruneConfig
+from components.prune.recipe import UNIFORM
 from components.prune.stage import run
 from components.prune.trials import allocate, layers_of, try_out
 from tests.conftest import save_tiny, tiny_model
@@ -156,7 +157,7 @@ def test_divergences_are_those_of_models_that_are_pruned_alike(tmp_path):
     layers, inputs, compared = layers_of(walk, settings()), text[:2], text[2:4]
     candidates = {UNIFORM: dict.fromkeys(layers, 0.7), "slope": budgeted(slope(layers, 0.2), layers, 0.7)}
     (tmp_path / "work").mkdir()
-    found = try_out(walk, tmp_path / "work", text, candidates, settings(output_dir=str(tmp_path / "out"), effort="best"))
+    found = try_out(walk, tmp_path / "work", text, candidates, settings(output_dir=str(tmp_path / "out"), dtype="float32"))
     assert list((tmp_path / "work").glob("*.[01]")) == []  # hidden states
     with torch.no_grad():
         wanted = model(input_ids=compared).logits.double().log_softmax(-1)
@@ -177,7 +178,7 @@ def test_outliers_are_counted_in_the_dense_model(tmp_path):
     layers = layers_of(walk, settings())
     (tmp_path / "work").mkdir()
     candidates = {UNIFORM: dict.fromkeys(layers, 0.7)}
-    found = try_out(walk, tmp_path / "work", text, candidates, settings(output_dir=str(tmp_path / "out")))
+    found = try_out(walk, tmp_path / "work", text, candidates, settings(output_dir=str(tmp_path / "out")), outliers=True)
     scores: list[list[torch.Tensor]] = [[], []]
 
     def hook(name: str):
@@ -219,7 +220,7 @@ def test_the_total_of_a_run_is_exact_and_its_mask_tells_each_layers_share(tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"allocation": "random"}, "allocation must be one of uniform, slope, owl, search, got 'random'"),
+        ({"allocation": "random"}, "allocation must be one of auto, uniform, slope, owl, search, got 'random'"),
         ({"allocation": "owl", "pattern": "2:4", "sparsity": 0.5}, "allocation must be uniform for pattern 2:4, got owl"),
         ({"allocation": "slope", "sparsity": 0.95}, "sparsity must be below 0.95 for allocation slope, got 0.95"),
         ({"allocation": "search", "nsamples": 3}, "nsamples must be at least 4 for allocation search, got 3"),

@@ -213,10 +213,16 @@ def test_patterns_that_name_nothing_or_everything_are_refused(tmp_path, corpus, 
 
 
 @pytest.mark.parametrize("effort", ["balanced", "best"])
-def test_a_mixture_has_no_dense_target(run, effort):
-    with pytest.raises(
-        ValueError, match=r"^target must be pruned for a model that routes its tokens, got dense: model\.layers has"
-    ):
-        run(MIXTRAL, effort=effort)
-    record, *_ = run(MIXTRAL, effort=effort, target="pruned", reconstruct_epochs=1)
+def test_a_preset_suits_a_mixture(run, effort, capsys):
+    record, *_ = run(MIXTRAL, effort=effort, reconstruct_epochs=1)
     assert record.sparse_integrity_check["passed"]
+    assert record.measured["allocation"] == "uniform"
+    assert f"target is pruned, not dense as in effort {effort}: model.layers has experts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("parameter", "value", "rule"), [("target", "dense", "pruned"), ("allocation", "owl", "uniform")])
+def test_what_a_mixture_cannot_have_is_refused(run, parameter, value, rule):
+    with pytest.raises(
+        ValueError, match=rf"^{parameter} must be {rule} for a model with experts, got {value}: model\.layers has some$"
+    ):
+        run(MIXTRAL, **{parameter: value})
