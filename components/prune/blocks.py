@@ -23,14 +23,14 @@ from components.core.mask.mask import Mask, save_mask_part
 from components.core.perplexity import from_losses
 from components.core.processes import from_all, is_main, process_count, rank, spread, together
 from components.core.progress import log, track
-from components.core.walk.stream import Batch, Stream, batches_of, run_block
+from components.core.walk.stream import Batch, Stream, run_block
 from components.core.walk.walk import Walk
 from components.core.walk.work import SharedWork
 from components.prune.calibration import Group, hessians, in_order, observe
 from components.prune.config import PruneConfig
 from components.prune.layers import prune_idle, prune_layers
 from components.prune.recipe import recipe_of
-from components.prune.reconstruct import reconstruct
+from components.prune.reconstruct import TOKENS_PER_STEP, reconstruct
 
 
 def mask_part(folder: Path, index: int) -> Path:
@@ -114,9 +114,11 @@ def begin(walk: Walk, folder: Path, calibration: Tensor, evaluation: Tensor | No
         if fresh and is_main():
             outside = walk.weights.stored_names(parameters_outside(walk.model, walk.blocks))
             save_tensors(outside, part_file(folder, 0))
-        recorded = walk.record(share(calibration), folder, f"calibration-{rank()}", fresh)
+        recipe = recipe_of(config)
+        tokens = TOKENS_PER_STEP if recipe.reconstruct == "block" else None
+        recorded = walk.record(share(calibration), folder, f"calibration-{rank()}", fresh, tokens)
         texts = Texts(made_fast(recorded, walk, config))
-        if recipe_of(config).needs_dense:
+        if recipe.needs_dense:
             texts = replace(texts, reference=walk.twin(texts.calibration, folder, f"reference-{rank()}", fresh))
         if evaluation is None or not len(share(evaluation)):
             return texts
@@ -130,7 +132,7 @@ def made_fast(text: Stream, walk: Walk, config: PruneConfig) -> Stream:
     autocast = fast_dtype(config.dtype, walk.device)
     if autocast is None:
         return text
-    rows = batches_of(text.ids)[0]
+    rows = text.rows[0]
     hidden = torch.zeros(len(rows), *text.files[0].shape[1:], dtype=walk.dtype, device=walk.device)
     with walk.block(0) as block:
         try:

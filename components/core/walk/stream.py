@@ -38,19 +38,21 @@ class Stream:
 
     Attributes:
         ids: the tokens [rows, seq_len].
+        rows: the rows that go through a block together, as a batch.
         calls: for each batch, what each block is called with.
         files: two files of hidden states; a block reads from the one and writes to the other.
         autocast: see `Batch`.
     """
 
     ids: Tensor
+    rows: list[range]
     calls: list[list[Call]]
     files: tuple[Activations, Activations]
     autocast: torch.dtype | None = None
 
     def batches(self, index: int, device: torch.device) -> Iterator[Batch]:
         """The input of block `index`, batch by batch."""
-        for rows, calls in zip(batches_of(self.ids), self.calls, strict=True):
+        for rows, calls in zip(self.rows, self.calls, strict=True):
             call = calls[index] if index < len(calls) else ((), {})  # there is none after the last block
             yield Batch(rows, self.before(index).read(rows, device), call, self.autocast)
 
@@ -59,9 +61,9 @@ class Stream:
         return self.files[index % 2]
 
 
-def batches_of(ids: Tensor) -> list[range]:
-    """The rows of token blocks [rows, seq_len] that go through a block together."""
-    size = max(1, TOKENS_PER_FORWARD // ids.shape[1])
+def batches_of(ids: Tensor, tokens: int | None = None) -> list[range]:
+    """Token blocks [rows, seq_len] in batches of as many rows as have so many tokens, `TOKENS_PER_FORWARD` if it is None."""
+    size = max(1, (tokens or TOKENS_PER_FORWARD) // ids.shape[1])
     return [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
 
 

@@ -231,7 +231,7 @@ class Walk:
             )
 
     @torch.no_grad()
-    def record(self, ids: Tensor, folder: Path, name: str, fresh: bool) -> Stream:
+    def record(self, ids: Tensor, folder: Path, name: str, fresh: bool, tokens: int | None = None) -> Stream:
         """Begin a walk of token blocks; what lies outside the blocks must be loaded.
 
         Args:
@@ -239,6 +239,7 @@ class Walk:
             folder: where to keep hidden states.
             name: of their files.
             fresh: whether to write those before the first block; if not, an earlier process has got further.
+            tokens: see `batches_of`.
 
         Raises:
             ReplayError: see `check`.
@@ -246,7 +247,8 @@ class Walk:
         """
         calls: list[list[Call]] = []
         files: list[Activations] = []
-        for rows in batches_of(ids):
+        batches = batches_of(ids, tokens)
+        for rows in batches:
             hidden, called = self._calls(ids[rows.start : rows.stop], calls[0] if calls else None)
             calls.append(called)
             if not files:
@@ -254,13 +256,13 @@ class Walk:
                 files = [Activations(folder / f"{name}.{parity}", shape, hidden.dtype) for parity in (0, 1)]
             if fresh:
                 files[0].write(rows, hidden)
-        return Stream(ids, calls, (files[0], files[1]))
+        return Stream(ids, batches, calls, (files[0], files[1]))
 
     def twin(self, stream: Stream, folder: Path, name: str, fresh: bool) -> Stream:
         """Another walk of the same tokens, with hidden states of its own. Arguments as for `record`."""
         files = [Activations(folder / f"{name}.{parity}", each.shape, each.dtype) for parity, each in enumerate(stream.files)]
         if fresh:
-            for rows in batches_of(stream.ids):
+            for rows in stream.rows:
                 files[0].write(rows, stream.files[0].read(rows, torch.device("cpu")))
         return replace(stream, files=(files[0], files[1]))
 
