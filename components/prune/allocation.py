@@ -16,8 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from components.core.mask.mask import pruned_count
-from components.prune.config import HIGHEST
-from components.prune.recipe import UNIFORM
+from components.prune.config import HIGHEST, UNIFORM
 
 OUTLIER, RANGE = 5.0, 0.08  # M and λ, the values of the paper's experiments
 SLOPES = (0.1, 0.05, -0.05)  # d; the first is what `slope` means: of 0.05, 0.1 and 0.15, it did best for SmolLM2 at 70 %

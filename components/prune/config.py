@@ -10,8 +10,10 @@ from components.core.errors import shown
 from components.core.files import check_new
 from components.core.models import check_model_id
 from components.core.settings import INPUT, OUTPUT, CalibrationSettings, DeviceSettings, EvalSettings, ModelSettings
-from components.prune.recipe import AUTO, AUTO_NUMBER, CHOICES, EFFORTS, UNIFORM
+from components.prune.recipe import AUTO, AUTO_NUMBER, CHOICES, EFFORTS
 
+UNIFORM = "uniform"
+ALLOCATIONS = (UNIFORM, "slope", "owl", "search")
 HIGHEST = 0.95  # sparsity of a matrix whose sparsity is its own: with less of it, next to nothing passes through
 QUARTERS = 4  # parts of the calibration text, by two of which allocations are compared
 
@@ -34,13 +36,13 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
     be 1 - N/M for an N:M pattern."""
     pattern: str = "unstructured"
     """`unstructured`, or N:M to keep N of every M consecutive weights in a row, e.g. 2:4."""
-    allocation: str = AUTO
+    allocation: str = UNIFORM
     """How the same total is distributed: `uniform` (each matrix alike), `slope` (early blocks denser), `owl` (blocks with
     outliers denser), or `search`, which tries these and denser parts of blocks. An uneven one is taken only if predictions on
-    a part of the calibration text then stay closer to the dense model's than with `uniform`. `auto` = by effort."""
+    a part of the calibration text then stay closer to the dense model's than with `uniform`."""
     effort: str = "fast"
-    """How much is done for the quality of the pruned model: `fast`, `balanced` or `best`. It sets allocation, method, refit,
-    order, target, swaps and reconstruct, unless they are given."""
+    """How much is done for the quality of the pruned model: `fast`, `balanced` or `best`. It sets method, refit, order, target,
+    swaps and reconstruct, unless they are given."""
     method: str = AUTO
     """`sparsegpt` (Hessian-aware; adjusts the remaining weights to compensate), `alps` (solves the same problem better), or a
     baseline, `wanda` or `magnitude`; `auto` = by effort."""
@@ -77,6 +79,7 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
         super().__post_init__()
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        check_one_of("allocation", self.allocation, ALLOCATIONS)
         check_one_of("effort", self.effort, EFFORTS)
         for parameter, choices in CHOICES.items():
             check_one_of(parameter, getattr(self, parameter), (AUTO, *choices))
@@ -98,19 +101,17 @@ class PruneSettings(CalibrationSettings, EvalSettings, ModelSettings):
             raise ValueError(f"sparsity must be {1 - n_of_m[0] / n_of_m[1]:g} for pattern {self.pattern}, got {self.sparsity}")
         if n_of_m and self.block_size % n_of_m[1]:
             raise ValueError(f"block_size must be a multiple of {n_of_m[1]} for pattern {self.pattern}, got {self.block_size}")
-        if self.allocation not in (AUTO, UNIFORM) and (problem := self.why_uniform()):
-            raise ValueError(problem)
+        if self.allocation != UNIFORM:
+            self._check_uneven(n_of_m is not None)
 
-    def why_uniform(self) -> str:
-        """Why no allocation but the uniform one goes with the other settings; empty if they allow others."""
-        least = QUARTERS * self.nproc_per_node
-        if parse_pattern(self.pattern):
-            return f"allocation must be {UNIFORM} for pattern {self.pattern}, got {self.allocation}"
+    def _check_uneven(self, has_pattern: bool) -> None:
+        """Check that the other settings allow an allocation that is not uniform."""
+        if has_pattern:
+            raise ValueError(f"allocation must be {UNIFORM} for pattern {self.pattern}, got {self.allocation}")
         if self.sparsity >= HIGHEST:
-            return f"sparsity must be below {HIGHEST} for allocation {self.allocation}, got {self.sparsity}"
-        if self.nsamples < least:
-            return f"nsamples must be at least {least} for allocation {self.allocation}, got {self.nsamples}"
-        return ""
+            raise ValueError(f"sparsity must be below {HIGHEST} for allocation {self.allocation}, got {self.sparsity}")
+        if self.nsamples < (least := QUARTERS * self.nproc_per_node):
+            raise ValueError(f"nsamples must be at least {least} for allocation {self.allocation}, got {self.nsamples}")
 
     def ignored(self) -> list[str]:
         """The patterns of `ignore`."""

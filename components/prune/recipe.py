@@ -4,9 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 AUTO, AUTO_NUMBER = "auto", -1  # settings that the preset decides
-UNIFORM = "uniform"
 CHOICES = {
-    "allocation": (UNIFORM, "slope", "owl", "search"),
     "method": ("sparsegpt", "alps", "wanda", "magnitude"),
     "order": ("block", "sequential"),
     "target": ("pruned", "dense"),
@@ -16,9 +14,8 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides how a model is pruned to a total sparsity; the fields are those of `PruneSettings`."""
+    """All that decides how a block is pruned, once the sparsity is given; the fields are those of `PruneSettings`."""
 
-    allocation: str = UNIFORM
     method: str = "sparsegpt"
     refit: int = 20
     order: str = "block"
@@ -35,16 +32,13 @@ class Recipe:
 
 EFFORTS = {
     "fast": Recipe(),
-    "balanced": Recipe("slope", "alps", order="sequential", target="dense"),
-    "best": Recipe("slope", "alps", order="sequential", target="dense", reconstruct="block", reconstruct_epochs=6),
+    "balanced": Recipe(method="alps", refit=10, order="sequential", target="dense", reconstruct="block", reconstruct_epochs=1),
+    "best": Recipe(method="alps", refit=10, order="sequential", target="dense", reconstruct="block", reconstruct_epochs=8),
 }
 
 
 def recipe_of(settings: Any) -> Recipe:
-    """The recipe of a run: that of its `effort`, but for the settings that are given, and uniform where it can only be so."""
+    """The recipe of a run: that of its `effort`, but for the settings that are given."""
     given = {entry.name: getattr(settings, entry.name) for entry in fields(Recipe)}
     differing = {name: value for name, value in given.items() if value not in (AUTO, AUTO_NUMBER)}
-    recipe = EFFORTS[settings.effort]
-    if settings.why_uniform():
-        recipe = replace(recipe, allocation=UNIFORM)
-    return replace(recipe, **differing)
+    return replace(EFFORTS[settings.effort], **differing)

@@ -30,8 +30,8 @@ from components.core.tokens import TokenBlocks, count_overlaps, id_fingerprint, 
 from components.core.walk.walk import Walk
 from components.core.walk.work import SharedWork, work_key
 from components.prune.blocks import chosen, mask_part, prune_model
-from components.prune.config import PruneConfig
-from components.prune.recipe import AUTO, UNIFORM, recipe_of
+from components.prune.config import UNIFORM, PruneConfig
+from components.prune.recipe import AUTO, recipe_of
 from components.prune.trials import allocate
 
 
@@ -113,6 +113,9 @@ def prune(config: PruneConfig, folder: Path, model_config: Any, device: torch.de
             layers = [layer for block in work.results for layer in block["layers"]]
             shapes = {name: shape for block in work.results for name, shape in block["shapes"].items()}
             result.details |= {"layers": layers, "allocations": allocation.as_json()}
+            errors = [{"block": index} | block.get("reconstruction", {}) for index, block in enumerate(work.results)]
+            if trained := [each for each in errors if len(each) > 1]:
+                result.details["reconstruction"] = trained
             result.measured["allocation"] = allocation.name
             result.measured |= report_dense(walk.model, shapes)
             if idle := sum("fallback" in layer for layer in layers):
@@ -213,14 +216,12 @@ def suiting_experts(config: PruneConfig, name: str) -> PruneConfig:
     Raises:
         ValueError: other settings are given.
     """
-    recipe = recipe_of(config)
-    for parameter, wanted in {"target": "pruned", "allocation": UNIFORM}.items():
-        given, found = getattr(config, parameter), getattr(recipe, parameter)
-        if given not in (AUTO, wanted):
-            raise ValueError(f"{parameter} must be {wanted} for a model with experts, got {given}: {name} has some")
-        if found != wanted:
-            log(f"{parameter} is {wanted}, not {found} as in effort {config.effort}: {name} has experts")
-    return replace(config, target="pruned", allocation=UNIFORM)
+    for parameter, suiting in {"target": (AUTO, "pruned"), "allocation": (UNIFORM,)}.items():
+        if (given := getattr(config, parameter)) not in suiting:
+            raise ValueError(f"{parameter} must be {suiting[-1]} for a model with experts, got {given}: {name} has some")
+    if (found := recipe_of(config).target) != "pruned":
+        log(f"target is pruned, not {found} as in effort {config.effort}: {name} has experts")
+    return replace(config, target="pruned")
 
 
 def check_none_empty(config: PruneConfig, name: str, blocks: nn.ModuleList) -> None:

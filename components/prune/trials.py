@@ -27,8 +27,7 @@ from components.prune.allocation import OUTLIER, Layer, Plan, budgeted, first_pl
 from components.prune.blocks import Layers, chosen, made_fast, prune_groups, share
 from components.prune.calibration import Group, hessians, observe
 from components.prune.conditioning import input_scales
-from components.prune.config import QUARTERS, PruneConfig
-from components.prune.recipe import UNIFORM, recipe_of
+from components.prune.config import QUARTERS, UNIFORM, PruneConfig
 
 Sparsities = Mapping[str, float]  # name of a parameter → share of zeros
 DENSE = "dense"  # beside the candidates
@@ -107,7 +106,7 @@ def allocate(walk: Walk, place: Path, calibration: Tensor, config: PruneConfig) 
     Raises:
         ValueError: the model cannot be pruned.
     """
-    layers, kind = layers_of(walk, config), recipe_of(config).allocation
+    layers, kind = layers_of(walk, config), config.allocation
     if kind == UNIFORM:
         return Allocation(UNIFORM, dict.fromkeys(layers, config.sparsity), {})
     tried = planned(first_plans(kind, layers), layers, config)

@@ -81,10 +81,7 @@ def prune(shape: Shape, run: Mapping[str, Any]) -> Need:
     """
     size = number_bytes(run, "prune")
     more = run["prune_effort"] != "fast" or run["prune_target"] == "dense" or run["prune_reconstruct"] == "block"
-    allocation = run["prune_allocation"]
-    if allocation == "auto":
-        allocation = "uniform" if run["prune_effort"] == "fast" else "slope"
-    uneven = allocation != "uniform"
+    uneven = run["prune_allocation"] != "uniform"
     pruning = {
         "a block": shape.block * size,
         "its Hessians": shape.hessians * 4,
@@ -96,7 +93,7 @@ def prune(shape: Shape, run: Mapping[str, Any]) -> Need:
     }
     host = {"masks of a block": shape.block} | loading(shape, size, run["prune_gpus"])
     text = run["nsamples"] * run["seq_len"]
-    tried = TRIED[allocation] * text
+    tried = TRIED[run["prune_allocation"]] * text
     disk = {
         "dense model": shape.stored,
         "pruned model and its parts": 2 * shape.parameters * size,

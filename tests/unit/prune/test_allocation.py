@@ -15,8 +15,7 @@ from components.core.walk.work import SharedWork
 from components.prune import trials
 from components.prune.allocation import Layer, budgeted, denser, first_plans, owl, second_plans, slope
 from components.prune.blocks import prune_model
-from components.prune.config import HIGHEST, PruneConfig
-from components.prune.recipe import UNIFORM
+from components.prune.config import HIGHEST, UNIFORM, PruneConfig
 from components.prune.stage import run
 from components.prune.trials import allocate, layers_of, try_out
 from tests.conftest import save_tiny, tiny_model
@@ -220,7 +219,7 @@ def test_the_total_of_a_run_is_exact_and_its_mask_tells_each_layers_share(tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"allocation": "random"}, "allocation must be one of auto, uniform, slope, owl, search, got 'random'"),
+        ({"allocation": "random"}, "allocation must be one of uniform, slope, owl, search, got 'random'"),
         ({"allocation": "owl", "pattern": "2:4", "sparsity": 0.5}, "allocation must be uniform for pattern 2:4, got owl"),
         ({"allocation": "slope", "sparsity": 0.95}, "sparsity must be below 0.95 for allocation slope, got 0.95"),
         ({"allocation": "search", "nsamples": 3}, "nsamples must be at least 4 for allocation search, got 3"),

@@ -216,7 +216,7 @@ def test_patterns_that_name_nothing_or_everything_are_refused(tmp_path, corpus, 
 def test_a_preset_suits_a_mixture(run, effort, capsys):
     record, *_ = run(MIXTRAL, effort=effort, reconstruct_epochs=1)
     assert record.sparse_integrity_check["passed"]
-    assert record.measured["allocation"] == "uniform"
+    assert [each["block"] for each in record.details["reconstruction"]] == [0, 1]
     assert f"target is pruned, not dense as in effort {effort}: model.layers has experts" in capsys.readouterr().out
 
 

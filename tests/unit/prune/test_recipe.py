@@ -1,7 +1,6 @@
 """Presets and their settings, the order within a block, dense targets, and blocks that are trained to give dense outputs."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -27,15 +26,10 @@ def test_a_preset_is_its_recipe(effort):
     assert recipe_of(settings(effort=effort)) == EFFORTS[effort]
 
 
-@pytest.mark.parametrize("changes", [{"pattern": "2:4", "sparsity": 0.5}, {"sparsity": 0.95}, {"nsamples": 3}])
-def test_a_preset_is_uniform_where_nothing_else_is_possible(changes):
-    assert recipe_of(settings(effort="best", **changes)) == replace(EFFORTS["best"], allocation="uniform")
-
-
 def test_what_is_given_differs_from_the_preset():
     found = recipe_of(settings(effort="best", method="wanda", refit=0, swaps=3, reconstruct="none", target="pruned"))
     best = EFFORTS["best"]
-    wanted = Recipe("slope", "wanda", refit=0, order=best.order, swaps=3, reconstruct_epochs=best.reconstruct_epochs)
+    wanted = Recipe("wanda", refit=0, order=best.order, swaps=3, reconstruct_epochs=best.reconstruct_epochs)
     assert found == wanted
     assert not found.needs_dense
 

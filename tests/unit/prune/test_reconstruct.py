@@ -17,7 +17,7 @@ from tests.walks import first_batches
 def pruned(model, monkeypatch):
     """A block that has been pruned by magnitude: (block, examples, masks)."""
     monkeypatch.setattr("components.core.walk.stream.TOKENS_PER_FORWARD", 32)
-    ids = torch.randint(VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(VOCABULARY, (10, 16), generator=torch.Generator().manual_seed(3))
     batches = first_batches(model, ids)
     block = find_blocks("dense_model", model)[1][0]
     with torch.no_grad():
@@ -30,10 +30,10 @@ def pruned(model, monkeypatch):
 
 
 def loss_of(block, examples):
-    """Mean over batches and tokens of the relative error, in a loop over tokens."""
+    """Mean over tokens of the relative error, in every fourth batch, in a loop over tokens."""
     losses = []
     with torch.no_grad():
-        for batch, wanted in examples():
+        for batch, wanted in list(examples())[::4]:
             found = run_block(block, batch)
             pairs = zip(found.flatten(0, 1).double(), wanted.flatten(0, 1).double(), strict=True)
             errors = [float((one - other).square().sum() / other.square().sum()) for one, other in pairs]
