@@ -2,11 +2,12 @@
 
     python tests/benchmarks/interruptions.py --output_dir /tmp/interruptions
 
-Prints for each kill how many blocks were finished. Exits with 1 if a run that was killed ends with other bytes than one that
-was not, or does a finished block again.
+Prints for each kill how many blocks were finished. Exits with 1 if a run that was killed leaves another folder than one that
+was not, or does a finished block again. Every file must be equal to the byte, and of the records all but times and memory.
 """
 
 import hashlib
+import json
 import random
 import re
 import shutil
@@ -16,13 +17,17 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from components.core.cli import parse
 from components.core.files import FINISHED, check_new
+from components.core.history import HISTORY_FILE, stats_file
 from tests.benchmarks.models import make_model
 
 TEXT = ["--nsamples", "4", "--seq_len", "64", "--refit", "2"]
 EVALUATION = ["--eval_blocks", "4", "--eval_seq_len", "64", "--eval_data", "builtin:python-docs"]
+RECORDS = (HISTORY_FILE, stats_file("*"))
+VARYING = ("seconds", "peak_memory_bytes", "output_dir")  # of a record
 GOING_ON = re.compile(r"going on after the (\d+) blocks")
 
 
@@ -43,9 +48,29 @@ class InterruptionsConfig:
         check_new("output_dir", self.output_dir)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """Name → SHA-256 of each file with tensors."""
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))}
+def contents(folder: Path) -> dict[str, str]:
+    """Path within a folder → what each file holds: its SHA-256, or of a record the text without what varies."""
+    records = {file for pattern in RECORDS for file in folder.glob(pattern)}
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {
+        str(file.relative_to(folder)): json.dumps(without_varying(json.loads(file.read_text())))
+        if file in records
+        else hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
+
+
+def without_varying(value: Any) -> Any:
+    """A record's JSON without what varies from run to run."""
+    if isinstance(value, dict):
+        return {key: without_varying(part) for key, part in value.items() if key not in VARYING}
+    return [without_varying(part) for part in value] if isinstance(value, list) else value
+
+
+def difference(found: dict[str, str], wanted: dict[str, str]) -> str:
+    """The files that differ, are missing or are new; empty if there are none."""
+    names = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    return f"other content: {', '.join(names)}" if names else ""
 
 
 def interrupted(command: list[str], output: Path, moment: float, wanted: dict[str, str]) -> str:
@@ -62,7 +87,7 @@ def interrupted(command: list[str], output: Path, moment: float, wanted: dict[st
         told = GOING_ON.findall(ended.stdout)
         if sum(map(int, told)) != blocks:
             return f"{blocks} blocks were finished, and it went on after {told}"
-    return "" if digests(output) == wanted else "other bytes"
+    return difference(contents(output), wanted)
 
 
 def main() -> None:
@@ -80,7 +105,7 @@ def main() -> None:
         command = [sys.executable, "-m", f"components.{stage}", *flags, *EVALUATION, "--output_dir"]
         start = time.monotonic()
         subprocess.run([*command, str(place / stage)], stdout=subprocess.DEVNULL, check=True)
-        seconds, wanted = time.monotonic() - start, digests(place / stage)
+        seconds, wanted = time.monotonic() - start, contents(place / stage)
         print(f"{stage}: {seconds:.1f} s undisturbed", flush=True)
         for number in range(config.kills):
             output = place / f"{stage}-{number}"
