@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from components.core import processes
-from components.core.checkpoint.checks import check_checkpoint, check_dense, check_ids, check_seq_len, inspect_checkpoint
+from components.core.checkpoint.checks import (
+    check_checkpoint,
+    check_dense,
+    check_ids,
+    check_seq_len,
+    inspect_checkpoint,
+    is_quantized,
+)
 from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.checkpoint.loading import load_tokenizer, open_model
 from components.core.checkpoint.saving import finish_checkpoint
@@ -262,6 +269,8 @@ def check_models(config: DistillConfig, mask: Mask, teacher_folder: str) -> Any:
     teacher = check_checkpoint("teacher_model", teacher_folder, config.trust_remote_code)
     check_dense("student_model", config.student_model, student)
     check_mask(mask, empty)
+    if config.backend == "fsdp" and not config.caches_teacher() and is_quantized(Path(teacher_folder), teacher):
+        raise ValueError(f"teacher_model must not be quantized for backend fsdp without teacher_cache, got {teacher_folder}")
     words = [model.get_text_config().vocab_size for model in (student, teacher)]
     if words[0] != words[1]:
         raise ValueError(f"teacher_model must have the student's vocabulary of {words[0]} words, got {words[1]}")
