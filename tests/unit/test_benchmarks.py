@@ -2,7 +2,10 @@
 
 import shutil
 
+import pytest
+
 from tests.benchmarks.interruptions import contents, difference
+from tests.benchmarks.memory import too_much
 from tests.conftest import save_pruned
 
 
@@ -24,3 +27,11 @@ def test_an_interrupted_run_must_leave_all_but_times_as_it_would_have_been(tmp_p
     (other / "left").touch()
     named = "left, model.safetensors.index.json, prune_stats.json, sparsity_mask.safetensors"
     assert difference(contents(other), wanted) == f"other content: {named}"
+
+
+@pytest.mark.parametrize(
+    ("smaller", "deeper", "missed"),
+    [(1.0, 1.09, False), (1.0, 0.91, False), (1.0, 1.11, True), (1.0, 0.89, True), (1.19, 1.25, False), (1.21, 1.21, True)],
+)
+def test_memory_must_stay_within_its_limit_and_not_depend_on_the_depth(smaller, deeper, missed):
+    assert too_much(smaller * 1e9, deeper * 1e9) is missed
