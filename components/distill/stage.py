@@ -101,7 +101,9 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
     backend = BACKENDS[config.backend](config, device, dtype)
     _, total_steps = plan(len(blocks), config, backend.world_size)
 
-    with teacher_cache(config, teacher_folder, blocks, dtype, backend) as cache:
+    walk = Walk("student_model", config.student_model, dtype, torch.device("cpu"), config.trust_remote_code)
+    written = walk.disk([evaluation.ids] if evaluation else []) if backend.rank == 0 else 0
+    with teacher_cache(config, teacher_folder, blocks, dtype, backend, written) as cache:
         if config.fail_on_sparse_violation:
             check_student(config, mask)
         torch.manual_seed(config.seed + backend.rank)
