@@ -177,7 +177,7 @@ class Stopwatch:
             gpu.reset_peak_memory_stats()
 
     def read(self) -> dict[str, Any]:
-        """`seconds`, `peak_memory_bytes` of the process and, on a GPU, `peak_gpu_memory_bytes`."""
+        """`seconds`, `peak_memory_bytes` of the process and, if it has used a GPU, `peak_gpu_memory_bytes`."""
         read = {
             "seconds": round(time.monotonic() - self.start, 3),
             "peak_memory_bytes": peak_memory(),
@@ -197,9 +197,9 @@ def peak_memory() -> int:
 
 
 def _gpu() -> Any:
-    """`torch.cuda` if a GPU is available, otherwise None; a stage that never imported torch does not use one."""
+    """`torch.cuda` if this process uses it, otherwise None: to ask it for memory would make it take some of the first GPU."""
     torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def versions() -> dict[str, str]:

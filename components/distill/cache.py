@@ -14,7 +14,7 @@ from torch import Tensor
 
 from components.core import processes
 from components.core.checkpoint.checks import inspect_checkpoint
-from components.core.checkpoint.files import weight_bytes, weight_files
+from components.core.checkpoint.files import weight_files
 from components.core.files import check_room, new_file, sample_fingerprint
 from components.core.history import versions
 from components.core.locks import remove_unused, use
@@ -114,11 +114,19 @@ def walk_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
 
 @contextlib.contextmanager
 def teacher_cache(
-    config: DistillConfig, teacher_folder: Path, blocks: Tensor, dtype: torch.dtype, backend: SingleProcess
+    config: DistillConfig, teacher_folder: Path, blocks: Tensor, dtype: torch.dtype, backend: SingleProcess, written: int
 ) -> Iterator[Cache | None]:
     """Yield the cache for the teacher's states, or None if there is to be none; it is deleted at the end of the block.
 
     Before that, what killed runs of other settings left is removed, and there must be room for the cache and the model.
+
+    Args:
+        config: the stage's settings.
+        teacher_folder: the teacher's checkpoint.
+        blocks: training tokens [blocks, seq_len].
+        dtype: the teacher's compute dtype.
+        backend: that of this process.
+        written: bytes of disk that this process takes to write and measure the model.
 
     Raises:
         ValueError: the disk is too full.
@@ -128,13 +136,14 @@ def teacher_cache(
     if processes.is_first_here():
         remove_caches(output, keep=folder if config.caches_teacher() else None)
     if not config.caches_teacher():
+        check_room("output_dir", config.output_dir, written, ", with its parts and the hidden states on their way")
         yield None
         return
     shape = (len(blocks), blocks.shape[1], head_width(teacher_folder, config.trust_remote_code))
     if processes.is_first_here():
         size = missing_bytes(folder, shape)
         share = f", {size / 1e9:.2f} GB of it for teacher_cache"
-        later = max(weight_bytes(config.student_model), walk_bytes(shape, dtype))  # of which the one is gone before the other
+        later = max(written, walk_bytes(shape, dtype))  # of which the one is gone before the other
         check_room("output_dir", config.output_dir, size + later, share)
     else:
         backend.barrier()  # the first process here reserves the space

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from components.core import processes
-from components.core.checkpoint.checks import check_checkpoint, check_dense, check_ids, check_seq_len, inspect_checkpoint
+from components.core.checkpoint.checks import (
+    check_checkpoint,
+    check_dense,
+    check_ids,
+    check_seq_len,
+    inspect_checkpoint,
+    is_quantized,
+)
 from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.checkpoint.loading import load_tokenizer, open_model
 from components.core.checkpoint.saving import finish_checkpoint
@@ -94,7 +101,9 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
     backend = BACKENDS[config.backend](config, device, dtype)
     _, total_steps = plan(len(blocks), config, backend.world_size)
 
-    with teacher_cache(config, teacher_folder, blocks, dtype, backend) as cache:
+    walk = Walk("student_model", config.student_model, dtype, torch.device("cpu"), config.trust_remote_code)
+    written = walk.disk([evaluation.ids] if evaluation else []) if backend.rank == 0 else 0
+    with teacher_cache(config, teacher_folder, blocks, dtype, backend, written) as cache:
         if config.fail_on_sparse_violation:
             check_student(config, mask)
         torch.manual_seed(config.seed + backend.rank)
@@ -262,6 +271,8 @@ def check_models(config: DistillConfig, mask: Mask, teacher_folder: str) -> Any:
     teacher = check_checkpoint("teacher_model", teacher_folder, config.trust_remote_code)
     check_dense("student_model", config.student_model, student)
     check_mask(mask, empty)
+    if config.backend == "fsdp" and not config.caches_teacher() and is_quantized(Path(teacher_folder), teacher):
+        raise ValueError(f"teacher_model must not be quantized for backend fsdp without teacher_cache, got {teacher_folder}")
     words = [model.get_text_config().vocab_size for model in (student, teacher)]
     if words[0] != words[1]:
         raise ValueError(f"teacher_model must have the student's vocabulary of {words[0]} words, got {words[1]}")

@@ -56,7 +56,7 @@ def finish_checkpoint(model: Any, tokenizer: Any, parts: Iterable[Path], dtype: 
     Args:
         model: the model; its weights need not be loaded.
         tokenizer: its tokenizer.
-        parts: files on the same disk, which are moved.
+        parts: files of the weights, which are copied and stay.
         dtype: the number format of the weights.
         folder: where to write.
 
@@ -81,6 +81,8 @@ def finish_checkpoint(model: Any, tokenizer: Any, parts: Iterable[Path], dtype: 
 
 def write_weights(parts: list[Path], folder: Path) -> None:
     """Join parts to one file if they are small, else to shards; with an index in any case.
+
+    The parts are copied, so that there must be room for the weights twice.
 
     Servers that read `*.safetensors` (vLLM, SGLang) follow the index if there is one, so they never mistake a mask in the
     same folder for weights.

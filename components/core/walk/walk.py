@@ -82,7 +82,8 @@ class Walk:
         Args:
             texts: token blocks [rows, seq_len] each.
         """
-        weights = sum(parameter.numel() for parameter in self.model.parameters())
+        tied = self.model.all_tied_weights_keys  # which are not stored
+        weights = sum(parameter.numel() for name, parameter in self.model.named_parameters() if name not in tied)
         width = int(self.model.get_input_embeddings().weight.shape[1])
         numbers: int = weights + sum(text.numel() for text in texts) * width
         return 2 * numbers * self.dtype.itemsize

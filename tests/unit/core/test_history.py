@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from kfp.dsl import Metrics
 
 from components.core.checkpoint.files import weight_bytes
 from components.core.history import (
     HISTORY_FILE,
     StageRecord,
+    Stopwatch,
     known_perplexity,
     log_metrics,
     read_history,
@@ -118,3 +120,20 @@ def test_metrics_are_the_numbers_of_a_record_with_the_prefix_in_front():
     metrics = Metrics(uri="unused")
     log_metrics(StageRecord("quantize", {}, {"perplexity": 2.5, "bytes": 7, "engine": "x"}), metrics, prefix="int8_")
     assert metrics.metadata == {"int8_perplexity": 2.5, "int8_bytes": 7}
+
+
+def test_memory_of_a_gpu_is_only_asked_for_where_the_process_uses_one(monkeypatch):
+    """torch makes a context on the first GPU as soon as its peak is reset."""
+    started: list[bool] = []
+    reset: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: bool(started))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: reset.append(True))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 42)
+    watch = Stopwatch()
+    assert "peak_gpu_memory_bytes" not in watch.read()
+    assert not reset
+    started.append(True)
+    assert watch.read()["peak_gpu_memory_bytes"] == 42
+    Stopwatch()
+    assert reset

@@ -20,6 +20,8 @@ from components.core.mask.mask import load_mask
 from components.distill.config import DistillConfig
 from components.distill.launch import command
 from components.distill.resume import checkpoints as complete
+from components.quantize.config import QuantizeConfig
+from components.quantize.stage import run as quantize
 from tests.conftest import save_pruned
 
 INFINITE = Path(__file__).with_name("infinite_gradient.py")
@@ -125,6 +127,19 @@ def test_fsdp_with_four_processes_is_like_one(folder, corpus, sync):
     four = ("--backend=fsdp", "--launcher=torchrun", "--nproc_per_node=4", "--master_port=29605", "--batch_size=1")
     finished(start(folder, corpus, name, *four, f"--sync_each_batch={sync}"))
     check_like_one(folder, name)
+
+
+def test_a_quantized_teacher_is_not_sharded_but_may_run_before_training(folder, corpus):
+    teacher = folder / "int8"
+    quantize(QuantizeConfig(model_dir=str(folder / "dense"), output_dir=str(teacher), skip_ppl_eval=True))
+    how = (f"--teacher_model={teacher}", "--max_steps=4", "--teacher_cache=always")
+    said = finished(start(folder, corpus, "refused", *how[:2], *two("fsdp", port=29602)), code=2)
+    assert said == f"error: teacher_model must not be quantized for backend fsdp without teacher_cache, got {teacher}\n"
+    finished(start(folder, corpus, "int8-one", *how, "--batch_size=4"))
+    finished(start(folder, corpus, "int8-fsdp", *how, *two("fsdp", port=29602)))
+    wanted = losses(folder, "int8-one")
+    assert losses(folder, "int8-fsdp") == pytest.approx(wanted, rel=1e-3)
+    assert wanted != pytest.approx(losses(folder, "one")[:4], rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

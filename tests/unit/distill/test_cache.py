@@ -6,11 +6,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from components.core.locks import turn
+from components.core.walk.walk import Walk
 from components.distill import cache as module
 from components.distill.cache import STATES, Cache, cache_bytes, remove_caches
 from components.distill.stage import run
@@ -157,13 +159,38 @@ def test_a_run_removes_the_cache_of_a_killed_run_of_other_settings(pruned, corpu
 
 def test_model_and_cache_must_have_room_together_before_any_weights_are_read(pruned, corpus, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("components.core.checkpoint.weights.Weights.load", lambda *_: 1 / 0)
-    monkeypatch.setattr(module, "weight_bytes", lambda _: 10**15)
+    monkeypatch.setattr("components.core.walk.walk.Walk.disk", lambda *_: 10**15)
     monkeypatch.setattr(module, "cache_bytes", lambda _: 5 * 10**14)
     with pytest.raises(
         ValueError, match=r"output_dir needs about 1500000\.00 GB of disk, 500000\.00 GB of it for teacher_cache,"
     ):
         run(settings(pruned, corpus, tmp_path / "out", teacher_cache="always"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_student_must_have_room_beside_its_parts_and_the_hidden_states_of_the_evaluation(
+    pruned,  # noqa: F811
+    corpus,
+    tmp_path,
+    monkeypatch,
+):
+    """What lies on the disk at the end of the walk that measures what was written."""
+    taken, losses = [], Walk.losses
+
+    def measured(*args):
+        taken.append(sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()))
+        return losses(*args)
+
+    monkeypatch.setattr(Walk, "losses", measured)
+    run(settings(pruned, corpus, tmp_path / "out", max_steps=1, eval_blocks=20))
+    monkeypatch.setattr("components.core.files.shutil.disk_usage", lambda _: SimpleNamespace(free=0.95 * taken[-1]))
+    monkeypatch.setattr("components.core.checkpoint.weights.Weights.load", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=r"output_dir needs about .* GB of disk, with its parts and the hidden states"):
+        run(settings(pruned, corpus, tmp_path / "again", max_steps=1, eval_blocks=20))
+    monkeypatch.setattr("components.core.files.shutil.disk_usage", lambda _: SimpleNamespace(free=1.05 * taken[-1]))
+    with pytest.raises(ZeroDivisionError):
+        run(settings(pruned, corpus, tmp_path / "again", max_steps=1, eval_blocks=20))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_hidden_states_on_their_way_are_counted(pruned, corpus, tmp_path, monkeypatch):  # noqa: F811
