@@ -97,6 +97,14 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def scratch_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which is removed after the block; so are those that killed processes left."""
+    with _scratch(Path(path).absolute()) as scratch:
+        scratch.mkdir()
+        yield scratch
+
+
+@contextlib.contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` if the block succeeds, and is removed otherwise."""
     target = Path(path).absolute()

@@ -28,7 +28,6 @@ from components.core.history import (
     History,
     StageRecord,
     Stopwatch,
-    known_perplexity,
     read_history,
     stats_file,
     versions,
@@ -45,6 +44,7 @@ from components.core.walk.rewrite import rewrite_part
 from components.core.walk.walk import Walk
 from components.distill import launch, resume
 from components.distill.backends import SingleProcess
+from components.distill.before import measure_before
 from components.distill.cache import teacher_cache
 from components.distill.config import DistillConfig
 from components.distill.loop import Progress, Trainer, plan, rows_used
@@ -106,6 +106,10 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
     with teacher_cache(config, teacher_folder, blocks, dtype, backend, written) as cache:
         if config.fail_on_sparse_violation:
             check_student(config, mask)
+        history, before = read_history(config.student_model), 0.0
+        if evaluation and backend.rank == 0:
+            before = measure_before(config, history, model_config.dtype, evaluation, dtype, device)
+        before = backend.from_first(before)
         torch.manual_seed(config.seed + backend.rank)
         inputs = {
             "mask": mask.fingerprint(),
@@ -120,17 +124,14 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
         trainer = Trainer(backend, teacher, blocks, evaluation.ids if evaluation else None, config, inputs)
         result = StageRecord("distill", asdict(config), versions=versions(), details={"inputs": inputs})
         result.measured["bos"] = bos_for(tokenizer, config.bos)
-        history = read_history(config.student_model)
         if evaluation:
-            text = evaluation.fingerprint()
-            known = known_perplexity(history, text)
             result.measured |= {
-                "perplexity_before": trainer.evaluate() if known is None else known,
-                "perplexity_text": text,
+                "perplexity_before": before,
+                "perplexity_text": evaluation.fingerprint(),
                 "overlapping_eval_blocks": overlapping,
             }
             if backend.rank == 0:
-                log_perplexity("finetune_start", result.measured["perplexity_before"])
+                log_perplexity("finetune_start", before)
         progress = trainer.fit()
     describe(result, progress, config, mask)
     write(config, result, history, backend, mask, tokenizer, evaluation.ids if evaluation else None, watch)

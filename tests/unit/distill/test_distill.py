@@ -188,6 +188,14 @@ def test_another_evaluation_text_is_measured_anew(pruned, corpus, tmp_path):
     assert record.measured["perplexity_before"] != known
 
 
+@pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "eval_blocks": 3}, {"eval_blocks": 3}])
+def test_perplexity_is_measured_alike_before_and_after(pruned, corpus, tmp_path, changes):
+    """With a learning rate at which no weight changes, both are equal; prune has measured four blocks in float32."""
+    record = run(settings(pruned, corpus, tmp_path / "out", max_steps=1, learning_rate=1e-30, **changes))
+    assert record.measured["perplexity_before"] == record.measured["perplexity"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
 def test_a_student_that_is_not_zero_under_its_mask_is_refused(pruned, corpus, tmp_path):
     config = settings(pruned, corpus, tmp_path / "out", student_model=str(pruned / "dense"))
     with pytest.raises(SparsityError, match="zero outside its mask"):
