@@ -102,7 +102,7 @@ class Task(Launcher):
         executor = spec["deploymentSpec"]["executors"][f"exec-{component}"]["container"]
         definition = spec["components"][f"comp-{component}"]
         folder = f"{ROOT}/{run.name}/task/unique"
-        artifacts = {"dense_model": "dense", "pruned_model": "pruned", "mask": "pruned", "tokens": "tokens"}
+        artifacts = {"dense_model": "dense", "pruned_model": "pruned", "pruned_mask": "pruned", "tokens": "tokens"}
 
         def artifact(uri, kind="system.Artifact", **metadata):
             return {"artifacts": [{"name": "1", "uri": uri, "type": {"schemaTitle": kind}, "metadata": metadata}]}
