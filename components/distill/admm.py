@@ -169,9 +169,10 @@ class Admm:
         """The mask of projected weights, by name: where they are not zero and, if those are too few, at some of the zeros.
 
         Args:
-            weights: whole weights, by name.
+            weights: whole weights, by name, on any device.
         """
-        return {name: self._mask(name, weight.abs().float()) for name, weight in weights.items()}
+        sizes = {name: weight.to(self.parameters[name].device).abs().float() for name, weight in weights.items()}
+        return {name: self._mask(name, size).to(weights[name].device) for name, size in sizes.items()}
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the variables, by name."""

@@ -223,7 +223,7 @@ class SingleProcess:
             self.parameters[name].copy_(value)
 
     def save_state(self, folder: Path) -> None:
-        """Write weights, Adam's moments and random state; every process must call this.
+        """Write weights, Adam's moments, ADMM's variables and random state; every process must call this.
 
         Raises:
             OSError: they could not be written.

@@ -346,6 +346,18 @@ def test_fsdp_is_like_one_process_and_a_killed_run_ends_bit_for_bit(folder, corp
     assert (folder / "admm-kill" / MASK_FILE).read_bytes() == (folder / "admm-two" / MASK_FILE).read_bytes()
 
 
+def test_another_number_of_processes_goes_on_with_the_same_variables(folder, corpus):  # noqa: F811
+    more = checkpointed(folder, "admm-reshard")
+    stop_after_a_checkpoint(start(folder, corpus, "admm-reshard", *two("fsdp", port=29675), *FLAGS, *more), signal.SIGKILL)
+    one = ("--backend=fsdp", "--launcher=torchrun", "--batch_size=4", "--master_port=29676")
+    assert "resuming from" in finished(start(folder, corpus, "admm-reshard", *one, *FLAGS, *more))
+    finished(start(folder, corpus, "admm-whole", "--batch_size=4", *FLAGS))
+    assert losses(folder, "admm-reshard") == pytest.approx(losses(folder, "admm-whole"), rel=1e-3)
+    whole, found = masks(folder, ("admm-whole", "admm-reshard"))
+    shared = sum(int((kept & found[name]).sum()) for name, kept in whole.items())
+    assert shared > 0.99 * sum(int(kept.sum()) for kept in whole.values())
+
+
 def test_what_does_not_fit_is_refused_in_one_line(pruned, corpus, tmp_path, monkeypatch):  # noqa: F811
     for changes, message in (
         ({"mask": "free"}, "mask must be one of fixed, admm, got 'free'"),
