@@ -44,7 +44,8 @@ def stages(
 
     Args:
         p: the pipeline's parameters by name.
-        distillation: adds the distill stage, given `p` and the keyword arguments dense_model, pruned_model, mask and tokens.
+        distillation: adds the distill stage, given `p` and the keyword arguments dense_model, pruned_model, pruned_mask and
+            tokens.
         with_places: gives a task access to the places that the run writes to.
     """
     others = {name: value for name, value in vars(p).items() if name not in resolve.component_spec.inputs}
@@ -66,10 +67,10 @@ def stages(
     sizes = {name: resolved.outputs[name] for name in resolve.component_spec.outputs if name.endswith("_memory")}
     p = SimpleNamespace(**vars(p) | sizes)
     pruned = with_shared_memory(on_gpu(p, "prune", call(prune, p, dense_model=dense_model, tokens=tokens)))
-    pruned_model, mask = pruned.outputs["pruned_model"], pruned.outputs["mask"]
+    results = {"pruned_model": pruned.outputs["pruned_model"], "pruned_mask": pruned.outputs["mask"]}
 
-    distilled = distillation(p, dense_model=dense_model, pruned_model=pruned_model, mask=mask, tokens=tokens)
-    distilled_model = distilled.outputs["distilled_model"]
+    distilled = distillation(p, dense_model=dense_model, **results, tokens=tokens)
+    distilled_model, mask = distilled.outputs["distilled_model"], distilled.outputs["distilled_mask"]
 
     with dsl.ParallelFor(p.quantize_formats) as format:
         quantized = call(quantize_format, p, distilled_model=distilled_model, mask=mask, tokens=tokens, format=format)

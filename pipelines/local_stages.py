@@ -22,7 +22,7 @@ from kfp.local.orchestrator.orchestrator_utils import OrchestratorUtils
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineTaskSpec
 
 from components.core.process import GRACE_SECONDS
-from components.distill.config import CHECKPOINT_VARIABLE
+from components.distill.checkpoints import CHECKPOINT_VARIABLE
 from pipelines.run_folder import CHECKPOINTS, DONE, PROGRAM, TEMPORARY, is_complete, remove_outputs, set_complete, stage_folder
 from pipelines.transcript import copy
 

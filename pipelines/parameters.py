@@ -17,8 +17,9 @@ from typing import Any, get_type_hints
 from simple_parsing.docstring import get_attribute_docstring
 
 from components.core.settings import Settings
+from components.distill.checkpoints import CheckpointSettings
 from components.distill.config import NOT_IN_PIPELINES as NOT_OF_DISTILL
-from components.distill.config import CheckpointSettings, DistillSettings
+from components.distill.config import DistillSettings
 from components.distill_distributed.config import NOT_IN_PIPELINES as NOT_OF_JOB
 from components.distill_distributed.config import JobSettings
 from components.prune.config import NOT_IN_PIPELINES as NOT_OF_PRUNE

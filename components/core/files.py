@@ -88,12 +88,29 @@ def check_folder(parameter: str, path: str | os.PathLike[str]) -> None:
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path` if the block succeeds, and removed otherwise."""
+    with new_directory_and_work(path) as (scratch, _):
+        yield scratch
+
+
+@contextlib.contextmanager
+def new_directory_and_work(path: str | os.PathLike[str], beside: str = "") -> Iterator[tuple[Path, Path]]:
+    """Yield a temporary folder that is renamed to `path` if the block succeeds, and one for work on the way there.
+
+    Args:
+        path: the folder to be created.
+        beside: a file to be created together with the folder, from the one of its name in the folder for work; empty = none.
+
+    Returns:
+        (the folder that becomes `path`, the folder for work), on one disk; both are removed if the block fails.
+    """
     target = Path(path).absolute()
     with _scratch(target) as scratch:
+        work = scratch.with_name(f"{target.name}.work")
         scratch.mkdir()
-        yield scratch
+        work.mkdir()
+        yield scratch, work
         _restore_usual_modes(scratch)
-        scratch.rename(target)
+        _put_in_place(scratch, target, work, Path(beside).absolute() if beside else None)
 
 
 @contextlib.contextmanager

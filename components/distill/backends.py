@@ -1,15 +1,15 @@
 """Training in a single process, and what its other backends share: FSDP is in `with_fsdp`, DeepSpeed in `with_deepspeed`.
 
-All of them enforce the mask at the same points: gradients of pruned weights are zeroed before the norm is computed, and pruned
-weights after every step. FSDP masks only local shards; under DeepSpeed the fp32 master partition is masked too, because its
-next all-gather would otherwise write old values back.
+All of them enforce a fixed mask at the same points: gradients of pruned weights are zeroed before the norm is computed, and
+pruned weights after every step. FSDP masks only local shards; under DeepSpeed the fp32 master partition is masked too, because
+its next all-gather would otherwise write old values back.
 """
 
 import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,9 +25,10 @@ from components.core.checkpoint.weights import Weights, return_memory
 from components.core.head import Head
 from components.core.mask.mask import Mask
 from components.core.perplexity import decoder_and_head
+from components.distill.admm import Admm, counts_of
 from components.distill.config import DistillConfig
-from components.distill.masking import mask_gradients, mask_weights
-from components.distill.schedule import BETAS, make_schedule
+from components.distill.masking import local, mask_gradients, mask_weights
+from components.distill.schedule import BETAS, make_schedule, moments
 
 T = TypeVar("T")
 
@@ -86,7 +87,8 @@ class SingleProcess:
         decoder: ids → hidden states, as called by the loop.
         head: hidden states → logits; never trained.
         parameters: name → trained parameter, sharded or not.
-        pruned: name → bool tensor of the parameter's local shape, True = pruned.
+        pruned: name → bool tensor of the parameter's local shape, True = pruned; empty if the mask is not fixed.
+        admm: chooses the mask while training; None if it is fixed.
     """
 
     rank = 0
@@ -95,6 +97,7 @@ class SingleProcess:
 
     def __init__(self, config: DistillConfig, device: torch.device, compute_dtype: torch.dtype) -> None:
         self.config, self.device, self.compute_dtype = config, device, compute_dtype
+        self.admm: Admm | None = None
         # bf16 needs no loss scaling, fp32 no autocast
         self.scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype is torch.float16)
 
@@ -145,6 +148,18 @@ class SingleProcess:
         self.schedule = make_schedule(self.optimizer, self.config.warmup_ratio, total_steps)
         self.engage(student)
 
+    @torch.no_grad()
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Set trained weights to full tensors, by name; every process must call this."""
+        for name, value in weights.items():
+            local(self.parameters[name]).copy_(self.place(value, self.parameters[name]))
+
+    def constrain(self, mask: Mask) -> None:
+        """From here on train all weights, with as many of them kept as the mask keeps, instead of those under the mask."""
+        self.pruned = {}
+        counts = counts_of(mask, self.student)
+        self.admm = Admm(self.parameters, self.optimizer, counts, mask, self.config.admm_penalty, self.place, self.gather)
+
     def shard(self, model: Any, trained: Collection[str]) -> None:
         """Distribute a model without weights; nothing to do for one process. Arguments as for `load`."""
 
@@ -154,6 +169,10 @@ class SingleProcess:
     def place(self, full: Tensor, parameter: Tensor) -> Tensor:
         """The part of a full tensor that corresponds to this process's part of `parameter`."""
         return full.to(parameter.device)
+
+    def gather(self, part: Tensor, parameter: Tensor) -> Tensor:
+        """The full tensor, from each process's part, which corresponds to that of `parameter`; every process must call this."""
+        return part
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of one micro-batch of an optimizer step.
@@ -175,6 +194,8 @@ class SingleProcess:
         clipped = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
         whole = clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
         norm = checked_norm(whole, may_skip=self.scaler.is_enabled())
+        if self.admm:
+            self.admm.pull()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
@@ -187,6 +208,10 @@ class SingleProcess:
         weight: Tensor = self.parameters[name].detach().cpu()
         return weight
 
+    def as_saved(self) -> contextlib.AbstractContextManager[None]:
+        """The weights as they would be saved now, until the end of the `with`; every process must call this."""
+        return self.admm.projected() if self.admm else contextlib.nullcontext()
+
     def keep_best(self) -> None:
         """Remember the current trained weights; each process keeps its own part."""
         self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -198,7 +223,7 @@ class SingleProcess:
             self.parameters[name].copy_(value)
 
     def save_state(self, folder: Path) -> None:
-        """Write weights, Adam's moments and random state; every process must call this.
+        """Write weights, Adam's moments, ADMM's variables and random state; every process must call this.
 
         Raises:
             OSError: they could not be written.
@@ -252,16 +277,12 @@ class SingleProcess:
 
 
 def training_state(backend: SingleProcess) -> dict[str, Tensor]:
-    """Trained weights and Adam's moments by name, and the best weights.
+    """Trained weights and Adam's moments by name, the best weights, and ADMM's variables.
 
-    Moments are created if the optimizer has not stepped yet. Only tensors are included: everything else is in the manifest.
+    Only tensors are included: everything else is in the manifest.
     """
     state: dict[str, Tensor] = {f"best.{name}": value for name, value in backend.best.items()}
     for name, parameter in backend.parameters.items():
-        moments = backend.optimizer.state[parameter]
-        if not moments:
-            moments["step"] = torch.zeros((), device=parameter.device)  # on the device where fused AdamW needs it
-            moments |= {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
         state[name] = parameter.detach()
-        state |= {f"{name}.{kind}": moments[kind] for kind in ("step", "exp_avg", "exp_avg_sq")}
-    return state
+        state |= {f"{name}.{kind}": value for kind, value in moments(backend.optimizer, parameter).items()}
+    return state | (backend.admm.state() if backend.admm else {})

@@ -9,9 +9,10 @@ from components.images import gpu_pod, launcher_pod
 def distill(
     dense_model: Input[Model],
     pruned_model: Input[Model],
-    mask: Input[Artifact],
+    pruned_mask: Input[Artifact],
     tokens: Input[Dataset],
     distilled_model: Output[Model],
+    distilled_mask: Output[Artifact],
     metrics: Output[Metrics],
     seq_len: int,
     epochs: int,
@@ -37,6 +38,9 @@ def distill(
     patience: int,
     seed: int,
     dtype: str,
+    mask: str,
+    admm_penalty: float,
+    admm_interval: int,
     sparse_check_eps: float,
     fail_on_sparse_violation: bool,
     eval_blocks: int,
@@ -49,9 +53,11 @@ def distill(
 ) -> None:
     """Distil the dense teacher into the sparse student."""
     from components.core.history import log_metrics
+    from components.core.mask.file import MASK_FILE
     from components.core.settings import configure
     from components.core.storage import use_store_of
-    from components.distill.config import DistillConfig, checkpoint_dir_here
+    from components.distill.checkpoints import checkpoint_dir_here
+    from components.distill.config import DistillConfig
     from components.distill.stage import run
 
     checkpoint_dir = checkpoint_dir_here(checkpoints, distilled_model.uri, backend, keep_best)
@@ -61,8 +67,9 @@ def distill(
         locals(),
         teacher_model=dense_model.path,
         student_model=pruned_model.path,
-        mask_file=mask.path,
+        mask_file=pruned_mask.path,
         output_dir=distilled_model.path,
+        output_mask_file=f"{distilled_mask.path}/{MASK_FILE}",
         train_data=tokens.path,
         eval_data=tokens.path,
         checkpoint_dir=checkpoint_dir,
@@ -75,7 +82,7 @@ def distill(
 def remove_checkpoints(metrics: Input[Metrics], checkpoints: str) -> None:
     """Remove the checkpoints of a training whose model KFP has stored; until then, a lost pod still needs them."""
     from components.core.storage import is_bucket, remove_leftovers, use_store_of
-    from components.distill.config import checkpoints_of_run
+    from components.distill.checkpoints import checkpoints_of_run
 
     place = checkpoints_of_run(checkpoints, metrics.uri)
     if place and is_bucket(metrics.uri):

@@ -1,7 +1,6 @@
 """Settings of the distill stage."""
 
 import importlib.util
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,12 @@ from components.core.settings import (
     DeviceSettings,
     EvalSettings,
     ModelSettings,
-    Settings,
 )
-from components.core.storage import check_place, check_writable, is_bucket, run_place
+from components.core.storage import check_place, check_writable, is_bucket
 
 BACKENDS = ("none", "fsdp", "deepspeed")
 LAUNCHERS = ("python", "torchrun", "accelerate")
+MASKS = ("fixed", "admm")
 NOT_IN_PIPELINES = {
     "mix_data": "a second corpus would have to be resolved and tokenized like the first",
     "mix_ratio": "only used with mix_data",
@@ -43,54 +42,6 @@ NOT_IN_PIPELINES = {
     "keep_checkpoints": "expert setting",
     "tensorboard_dir": "a pod's disk is lost with the pod; the report plots the curves",
 }
-CHECKPOINT_VARIABLE = "DISTILL_CHECKPOINT_DIR"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointSettings(Settings):
-    """Where a pipeline keeps the checkpoints of training."""
-
-    checkpoints: str = field(default="auto", metadata=OUTPUT)
-    """Where a pipeline keeps checkpoints, from which the training of a lost pod goes on: `auto`, beside its artifacts; `none`;
-    or a bucket with a prefix."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.checkpoints not in ("auto", "none"):
-            check_place("checkpoints", self.checkpoints)
-            if not is_bucket(self.checkpoints):
-                raise ValueError(
-                    f"checkpoints must be auto, none or in a bucket, got {self.checkpoints}: a pod's disk goes with it"
-                )
-
-
-def checkpoints_of_run(checkpoints: str, uri: str) -> str:
-    """The place of a run's checkpoints; empty = none.
-
-    Args:
-        checkpoints: see `CheckpointSettings`.
-        uri: that of any artifact of the run.
-    """
-    if checkpoints == "none":
-        return ""
-    run = run_place(uri)
-    return f"{run}/checkpoints" if checkpoints == "auto" else f"{checkpoints}/{run.rpartition('/')[2]}"
-
-
-def checkpoint_dir_here(checkpoints: str, uri: str, backend: str, keep_best: bool) -> str:
-    """The place for checkpoints in a pipeline's task; empty = none.
-
-    On this machine `pipelines/run.py` gives a folder. DeepSpeed with `keep_best` has no checkpoints, see `DistillConfig`.
-
-    Args:
-        checkpoints: see `CheckpointSettings`.
-        uri: that of the stage's output.
-        backend: the setting of this name.
-        keep_best: the setting of this name.
-    """
-    if backend == "deepspeed" and keep_best:
-        return ""
-    return os.environ.get(CHECKPOINT_VARIABLE) or (checkpoints_of_run(checkpoints, uri) if is_bucket(uri) else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +107,13 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
     """Save the weights of the epoch with the lowest perplexity instead of the last ones."""
     patience: int = 0
     """Stop after this many epochs without a lower perplexity; 0 = never."""
+    mask: str = "fixed"
+    """Which weights the student keeps: `fixed`, those of the mask that is given; or `admm` (Lee et al., 2026), as many of each
+    matrix as the mask keeps, which are chosen while all weights train, beginning with the teacher's."""
+    admm_penalty: float = 0.01
+    """With mask admm, the weight of the squared distance between all weights and those that are kept, in the loss."""
+    admm_interval: int = 32
+    """With mask admm, optimizer steps after which the weights to keep are chosen anew."""
     sparse_check_eps: float = 0.0
     """Largest magnitude of a pruned weight that the checks before and after training accept; 0 = exactly zero."""
     fail_on_sparse_violation: bool = True
@@ -165,10 +123,11 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
         super().__post_init__()
         for parameter in ("epochs", "grad_accum_steps", "nproc_per_node", "checkpoint_steps", "keep_checkpoints"):
             check_at_least(parameter, getattr(self, parameter), 1)
+        check_at_least("admm_interval", self.admm_interval, 1)
         for parameter in ("max_steps", "batch_size", "global_batch", "weight_decay", "sparse_check_eps", "patience"):
             check_at_least(parameter, getattr(self, parameter), 0)
         check_at_least("alpha_hidden", self.alpha_hidden, 0)
-        for parameter in ("learning_rate", "max_grad_norm", "temperature"):
+        for parameter in ("learning_rate", "max_grad_norm", "temperature", "admm_penalty"):
             check_above(parameter, getattr(self, parameter), 0)
         check_range("temperature", self.temperature, 0.1, 100)
         check_in_unit_interval("weight_decay", self.weight_decay)
@@ -181,6 +140,11 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
             check_one_of(parameter, getattr(self, parameter), ("auto", "always", "never"))
         if self.alpha_hidden and self.teacher_cache == "always":
             raise ValueError(f"alpha_hidden must be 0 for teacher_cache always, got {self.alpha_hidden}")
+        check_one_of("mask", self.mask, MASKS)
+        if self.mask == "admm" and self.no_mask:
+            raise ValueError("mask must be fixed for no_mask, got admm")
+        if self.mask == "admm" and self.backend == "deepspeed":
+            raise ValueError("backend must be none or fsdp for mask admm, got deepspeed: its engine takes the steps by itself")
         if not 0 < self.mix_ratio < 1:
             raise ValueError(f"mix_ratio must be in (0, 1), got {self.mix_ratio}")
         if not 0 < self.master_port < 65536:
@@ -227,7 +191,7 @@ class DistillSettings(BlockSettings, EvalSettings, ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(DistillSettings, DeviceSettings):
-    """Distil a dense teacher into its sparse student, training only the weights that the mask keeps."""
+    """Distil a dense teacher into its sparse student."""
 
     teacher_model: str = field(metadata=INPUT)
     """The dense model: a folder, a hub id with optional @revision, or builtin:smollm2-135m."""
@@ -236,7 +200,9 @@ class DistillConfig(DistillSettings, DeviceSettings):
     mask_file: str = field(metadata=INPUT)
     """The student's sparsity_mask.safetensors (or the older sparsity_mask.pt), or a folder that contains it."""
     output_dir: str = field(metadata=OUTPUT)
-    """Folder to create for the distilled checkpoint and distill_stats.json."""
+    """Folder to create for the distilled checkpoint, sparsity_mask.safetensors and distill_stats.json."""
+    output_mask_file: str = field(default="", metadata=OUTPUT)
+    """File outside the output folder to write the mask of the distilled checkpoint to; empty = in the output folder."""
     train_data: str = field(default=WIKITEXT2, metadata=INPUT)
     """Corpus spec or tokens folder for training."""
     eval_data: str = field(default=WIKITEXT2, metadata=INPUT)
@@ -274,6 +240,9 @@ class DistillConfig(DistillSettings, DeviceSettings):
             for parameter, text in texts.items():
                 check_held_out(parameter, text, self.eval_data)
         check_new("output_dir", self.output_dir)
+        if self.output_mask_file:
+            check_new("output_mask_file", self.output_mask_file)
+            self.check_outside("output_mask_file")
         self.check_folders()
 
     def check_folders(self) -> None:
@@ -284,5 +253,10 @@ class DistillConfig(DistillSettings, DeviceSettings):
                 check_writable(parameter, folder)
             elif folder:
                 check_folder(parameter, folder)
-                if Path(folder).resolve().is_relative_to(Path(self.output_dir).resolve()):
-                    raise ValueError(f"{parameter} must lie outside output_dir {self.output_dir}, got {folder}")
+                self.check_outside(parameter)
+
+    def check_outside(self, parameter: str) -> None:
+        """Raise ValueError if what a setting names lies in output_dir."""
+        path = getattr(self, parameter)
+        if Path(path).resolve().is_relative_to(Path(self.output_dir).resolve()):
+            raise ValueError(f"{parameter} must lie outside output_dir {self.output_dir}, got {path}")

@@ -1,5 +1,6 @@
 """The training loop, shared by all backends: epochs of optimizer steps, evaluation and checkpoints."""
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from components.core.perplexity import block_losses, from_mean_loss
 from components.core.progress import log, log_perplexity, track
 from components.core.storage.place import is_bucket
 from components.distill import resume
+from components.distill.admm import Admm
 from components.distill.backends import SingleProcess
 from components.distill.batching import BatchSize
 from components.distill.config import DistillConfig
@@ -28,8 +30,9 @@ PREEMPTED = 143  # 128 + SIGTERM: what a shell reports for a process ended by th
 class Progress:
     """How far a run has got and what it has measured; saved in checkpoints.
 
-    `steps` has one entry per step (loss, kd_loss, ce_loss, hidden_loss, learning_rate, grad_norm), `epochs` one per evaluation;
-    `batch_size` is the number of blocks per forward pass in the next step.
+    `steps` has one entry per step (loss, kd_loss, ce_loss, hidden_loss, learning_rate, grad_norm; mask_changed and distance
+    where ADMM has chosen the mask anew), `epochs` one per evaluation; `batch_size` is the number of blocks per forward pass in
+    the next step.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -114,6 +117,8 @@ class Trainer:
                 raise SystemExit(PREEMPTED)
         if self.config.keep_best and self.progress.epochs:
             self.backend.restore_best()
+        elif self.backend.admm:
+            self.backend.admm.project()
         self.backend.student.eval()
         return self.progress
 
@@ -147,6 +152,8 @@ class Trainer:
             start = time.monotonic()
             with self.batch.measured():
                 entry = self.step(rows)
+                if self.backend.admm and (done + 1) % self.config.admm_interval == 0:
+                    entry |= self._change_mask(self.backend.admm, done + 1)
             seconds = time.monotonic() - start
             self.progress.batch_size = self.batch.size
             self.progress.steps.append({"step": done + 1, "seconds": round(seconds, 4)} | entry)
@@ -189,6 +196,15 @@ class Trainer:
         entry = dict(zip(losses, totals.tolist(), strict=True)) | {"learning_rate": learning_rate}
         return entry if norm is None else entry | {"grad_norm": norm}
 
+    def _change_mask(self, admm: Admm, step: int) -> dict[str, float]:
+        """Let ADMM choose the mask anew: the share of its places that are new, and the distance from it of all weights."""
+        new, kept, apart, size = self.backend.mean(admm.update()).tolist()
+        entry = {"mask_changed": new / kept, "distance": math.sqrt(apart / size)}
+        if self.backend.rank == 0:
+            share, distance = entry.values()
+            log(f"mask after step {step}: {share:.2%} of what it keeps has changed; distance of the weights {distance:.4f}")
+        return entry
+
     def losses(self, rows: Tensor) -> dict[str, Tensor]:
         """The loss for training blocks, given by index [batch], and its parts; only the first carries a gradient."""
         config, of_blocks = self.config, bool(self.config.alpha_hidden)
@@ -227,14 +243,15 @@ class Trainer:
         if self.evaluation is None:
             return
         self.backend.student.eval()
-        value = self.evaluate()
+        with self.backend.as_saved():
+            value = self.evaluate()
+            self.progress.epochs.append({"epoch": epoch, "eval_ppl": value})
+            best = self.progress.best()
+            if self.config.keep_best and best["epoch"] == epoch:
+                self.backend.keep_best()
         self.backend.student.train()
         if self.backend.rank == 0:
             log_perplexity("eval_ppl", value, prefix=f"epoch={epoch} ")
-        self.progress.epochs.append({"epoch": epoch, "eval_ppl": value})
-        best = self.progress.best()
-        if self.config.keep_best and best["epoch"] == epoch:
-            self.backend.keep_best()
         if self.config.patience and epoch - best["epoch"] >= self.config.patience:
             self.progress.stopped_early = True
 

@@ -22,15 +22,15 @@ def mask_gradients(parameters: Mapping[str, Tensor], pruned: Mapping[str, Tensor
 
     Args:
         parameters: name → parameter.
-        pruned: name → bool tensor of the local part's shape, True = pruned.
+        pruned: name → bool tensor of the local part's shape, True = pruned; of those parameters that have a fixed mask.
     """
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            local(parameter.grad).masked_fill_(pruned[name], 0)
+    for name, gone in pruned.items():
+        if (gradient := parameters[name].grad) is not None:
+            local(gradient).masked_fill_(gone, 0)
 
 
 @torch.no_grad()
 def mask_weights(parameters: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
     """Set pruned weights to zero, in place. Arguments as in `mask_gradients`."""
-    for name, parameter in parameters.items():
-        local(parameter).masked_fill_(pruned[name], 0)
+    for name, gone in pruned.items():
+        local(parameters[name]).masked_fill_(gone, 0)

@@ -1,10 +1,10 @@
 """Checkpoints from which a killed training run resumes: `torch.distributed.checkpoint` plus a manifest.
 
-A checkpoint is a folder `step-00000040` with the trained weights, Adam's moments, each process's random state, and
-`manifest.json`. The manifest is written last: a folder without one is incomplete and never read, whatever its date. It has the
-size and checksum of every file, and its own checksum, so that a damaged checkpoint is found before any of it is used. Weights
-and moments are stored with their global shapes, so a different number of FSDP processes can resume from them. The library's
-own index is a pickle: resume only from folders that nobody else can write to.
+A checkpoint is a folder `step-00000040` with the trained weights, Adam's moments, ADMM's variables, each process's random
+state, and `manifest.json`. The manifest is written last: a folder without one is incomplete and never read, whatever its date.
+It has the size and checksum of every file, and its own checksum, so that a damaged checkpoint is found before any of it is
+used. Weights, moments and variables are stored with their global shapes, so a different number of FSDP processes can resume
+from them. The library's own index is a pickle: resume only from folders that nobody else can write to.
 """
 
 import base64

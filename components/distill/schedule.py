@@ -1,7 +1,9 @@
-"""The learning rate schedule of a run, and Adam's betas."""
+"""The learning rate schedule of a run, and Adam's betas and moments."""
 
 import math
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -31,3 +33,12 @@ def restore_schedule(optimizer: Optimizer, schedule: LambdaLR, steps: int) -> No
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates
+
+
+def moments(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Adam's state of a parameter: step, exp_avg and exp_avg_sq. It is created if there has been no step yet."""
+    state: dict[str, Tensor] = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), device=parameter.device)  # on the device where fused AdamW needs it
+        state |= {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+    return state

@@ -1,8 +1,6 @@
-"""Load teacher, student and mask; train; check that pruned weights stayed zero; save."""
+"""Load teacher, student and mask; train; check that pruned weights are zero; save with the mask."""
 
-import contextlib
 import hashlib
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,43 +9,33 @@ import torch
 from torch import Tensor
 
 from components.core import processes
-from components.core.checkpoint.checks import (
-    check_checkpoint,
-    check_dense,
-    check_ids,
-    check_seq_len,
-    inspect_checkpoint,
-    is_quantized,
-)
+from components.core.checkpoint.checks import check_dense, check_ids, check_seq_len, inspect_checkpoint, is_quantized
 from components.core.checkpoint.files import weight_bytes, weight_files
 from components.core.checkpoint.loading import load_tokenizer, open_model
-from components.core.checkpoint.saving import finish_checkpoint
 from components.core.device import pick_device, pick_dtype
-from components.core.files import check_new, new_directory, sample_fingerprint
+from components.core.files import check_new, sample_fingerprint
 from components.core.history import (
-    History,
     StageRecord,
     Stopwatch,
     read_history,
     stats_file,
     versions,
-    write_history,
 )
 from components.core.mask.integrity import combined, enforce, integrity
 from components.core.mask.mask import Mask, load_mask
-from components.core.mask.prunable import check_mask
+from components.core.mask.prunable import check_mask, weight_shapes
 from components.core.models import local_folder
-from components.core.progress import log, log_perplexity
+from components.core.progress import log_perplexity
 from components.core.tokens import bos_for, count_overlaps, id_bytes, load_blocks
-from components.core.walk.measure import measure
-from components.core.walk.rewrite import rewrite_part
 from components.core.walk.walk import Walk
 from components.distill import launch, resume
+from components.distill.admm import counts_of
 from components.distill.backends import SingleProcess
 from components.distill.before import measure_before
 from components.distill.cache import teacher_cache
 from components.distill.config import DistillConfig
 from components.distill.loop import Progress, Trainer, plan, rows_used
+from components.distill.result import write, write_tensorboard
 from components.distill.teacher import make_teacher
 from components.distill.with_deepspeed import DeepSpeed
 from components.distill.with_fsdp import Fsdp
@@ -132,6 +120,9 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
             }
             if backend.rank == 0:
                 log_perplexity("finetune_start", before)
+        if config.mask == "admm":
+            start_dense(config, backend, teacher_folder)
+            backend.constrain(mask)
         progress = trainer.fit()
     describe(result, progress, config, mask)
     write(config, result, history, backend, mask, tokenizer, evaluation.ids if evaluation else None, watch)
@@ -203,63 +194,12 @@ def check_student(config: DistillConfig, mask: Mask) -> None:
     enforce(combined(checks, mask.realised_sparsity()))
 
 
-def write(
-    config: DistillConfig,
-    result: StageRecord,
-    history: History,
-    backend: SingleProcess,
-    mask: Mask,
-    tokenizer: Any,
-    evaluation: Tensor | None,
-    watch: Stopwatch,
-) -> None:
-    """Write the student with its trained weights, and its record with the perplexity of what was written.
-
-    Every process must call this: the weights of one part after another are gathered on all, and the first process writes them.
-
-    Raises:
-        SparsityError: a weight outside the mask is not zero, and `fail_on_sparse_violation` is set.
-    """
-    dtype, trust, writes = backend.compute_dtype, config.trust_remote_code, backend.rank == 0
-    walk = Walk("student_model", config.student_model, dtype, torch.device("cpu"), trust)
-    names_of: dict[int, list[str]] = {number: [] for number in range(walk.parts)}
-    for name in backend.parameters:
-        names_of[walk.part_of(name)].append(name)
-    checks, files = [], []
-    with contextlib.ExitStack() as stack:
-        if writes:
-            scratch = stack.enter_context(new_directory(config.output_dir))
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=scratch.parent)))
-        for number, names in names_of.items():
-            weights = {name: backend.full(name).to(dtype) for name in names}
-            if names:
-                checks.append(integrity(weights, mask.only(names), config.sparse_check_eps))
-            if writes:
-                files.append(rewrite_part(walk, number, weights, place))
-        result.sparse_integrity_check = combined(checks, mask.realised_sparsity())
-        if config.fail_on_sparse_violation:
-            enforce(result.sparse_integrity_check)
-        if not writes:
-            return
-        finish_checkpoint(walk.model, tokenizer, files, dtype, scratch)
-        if evaluation is not None:
-            ppl = measure("student_model", scratch, evaluation, dtype, backend.device, place / "measured", trust)
-            result.measured["perplexity"] = ppl
-        result.measured |= watch.read()
-        write_history(scratch, history, result, config.student_model)
-    log(f"distilled in {result.measured['seconds']:.0f} s: {config.output_dir}")
-
-
-def write_tensorboard(folder: str, progress: Progress) -> None:
-    """Write the curves as TensorBoard files."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(folder) as writer:
-        for entry in progress.steps:
-            for name in entry.keys() - {"step"}:
-                writer.add_scalar(f"train/{name}", entry[name], int(entry["step"]))
-        for entry in progress.epochs:
-            writer.add_scalar("eval/perplexity", entry["eval_ppl"], int(entry["epoch"]))
+def start_dense(config: DistillConfig, backend: SingleProcess, teacher_folder: Path) -> None:
+    """Set the student's trained weights to the teacher's, with one block in memory; every process must call this."""
+    walk = Walk("teacher_model", teacher_folder, torch.float32, torch.device("cpu"), config.trust_remote_code)
+    for number in range(walk.parts):
+        with walk.part(number) as tensors:
+            backend.start_from({name: tensor for name, tensor in tensors.items() if name in backend.parameters})
 
 
 def check_models(config: DistillConfig, mask: Mask, teacher_folder: str) -> Any:
@@ -269,7 +209,7 @@ def check_models(config: DistillConfig, mask: Mask, teacher_folder: str) -> Any:
         ValueError: one of them does not fit.
     """
     student, empty = inspect_checkpoint("student_model", config.student_model, config.trust_remote_code)
-    teacher = check_checkpoint("teacher_model", teacher_folder, config.trust_remote_code)
+    teacher, dense = inspect_checkpoint("teacher_model", teacher_folder, config.trust_remote_code)
     check_dense("student_model", config.student_model, student)
     check_mask(mask, empty)
     if config.backend == "fsdp" and not config.caches_teacher() and is_quantized(Path(teacher_folder), teacher):
@@ -281,9 +221,21 @@ def check_models(config: DistillConfig, mask: Mask, teacher_folder: str) -> Any:
     sizes = [f"{text.num_hidden_layers} blocks of width {text.hidden_size}" for text in texts]
     if config.alpha_hidden and sizes[0] != sizes[1]:
         raise ValueError(f"alpha_hidden must be 0 for a teacher of {sizes[1]} and a student of {sizes[0]}")
+    if config.mask == "admm":
+        check_same_shapes(mask, dense)
+        counts_of(mask, empty)
     for model in (student, teacher):
         check_seq_len("seq_len", config.seq_len, model)
     if not config.skip_ppl_eval:
         check_seq_len("eval_seq_len", config.eval_seq_len, student)
     check_new("output_dir", config.output_dir, weight_bytes(config.student_model))
     return student
+
+
+def check_same_shapes(mask: Mask, teacher: Any) -> None:
+    """Raise ValueError unless a teacher, from whose weights training starts, has all that are masked, in the same shapes."""
+    shapes = weight_shapes(teacher)
+    for name, kept in mask.tensors.items():
+        if shapes.get(name) != list(kept.shape):
+            found = f"{shapes[name]}, not {list(kept.shape)}" if name in shapes else "missing"
+            raise ValueError(f"teacher_model must have the student's shapes for mask admm, {name} is {found}")

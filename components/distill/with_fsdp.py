@@ -65,6 +65,14 @@ class Fsdp(SingleProcess):
         shards = distribute_tensor(full.to(self.device), parameter.device_mesh, parameter.placements)
         return shards.to_local()
 
+    def gather(self, part: Tensor, parameter: Tensor) -> Tensor:
+        """Gather the shards of a whole tensor."""
+        assert isinstance(parameter, DTensor)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        sharded = DTensor.from_local(part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+        whole: Tensor = sharded.full_tensor()
+        return whole
+
     def full(self, name: str) -> Tensor:
         """Gather a whole trained weight."""
         parameter = self.parameters[name]

@@ -20,9 +20,10 @@ TO_NODES = [
 def distill_distributed(
     dense_model: Input[Model],
     pruned_model: Input[Model],
-    mask: Input[Artifact],
+    pruned_mask: Input[Artifact],
     tokens: Input[Dataset],
     distilled_model: Output[Model],
+    distilled_mask: Output[Artifact],
     job_manifest: Output[Artifact],
     metrics: Output[Metrics],
     task_config: TaskConfig,
@@ -61,6 +62,9 @@ def distill_distributed(
     patience: int,
     seed: int,
     dtype: str,
+    mask: str,
+    admm_penalty: float,
+    admm_interval: int,
     sparse_check_eps: float,
     fail_on_sparse_violation: bool,
     eval_blocks: int,
@@ -73,6 +77,7 @@ def distill_distributed(
     import json
 
     from components.core.history import log_metrics
+    from components.core.mask.file import MASK_FILE
     from components.core.settings import configure
     from components.core.storage import use_store_of
     from components.distill_distributed.config import POD_SETTINGS, DistillDistributedConfig
@@ -81,10 +86,11 @@ def distill_distributed(
     artifacts = {
         "teacher_model": dense_model.uri,
         "student_model": pruned_model.uri,
-        "mask_file": mask.uri,
+        "mask_file": pruned_mask.uri,
         "train_data": tokens.uri,
         "eval_data": tokens.uri,
         "output_dir": distilled_model.uri,
+        "output_mask_file": distilled_mask.uri,
     }
     use_store_of(dense_model.uri, dense_model.metadata, *([handover] if handover else artifacts.values()), checkpoints)
     config = configure(
@@ -92,10 +98,11 @@ def distill_distributed(
         locals(),
         teacher_model=dense_model.path,
         student_model=pruned_model.path,
-        mask_file=mask.path,
+        mask_file=pruned_mask.path,
         train_data=tokens.path,
         eval_data=tokens.path,
         output_dir=distilled_model.path,
+        output_mask_file=f"{distilled_mask.path}/{MASK_FILE}",
         artifacts=json.dumps(artifacts),
         job_file=job_manifest.path,
         pod=json.dumps({name: getattr(task_config, name) for name in POD_SETTINGS}),
@@ -108,7 +115,7 @@ def distill_distributed(
 def sweep_jobs(place: Output[Artifact], run_id: str, handover: str, checkpoints: str) -> None:
     """Delete a run's remaining jobs, checkpoints and handover data; the URI of `place` tells where the run's artifacts are."""
     from components.core.storage import is_bucket
-    from components.distill.config import checkpoints_of_run
+    from components.distill.checkpoints import checkpoints_of_run
     from components.distill_distributed.sweep import SweepConfig, run
 
     kept = checkpoints_of_run(checkpoints, place.uri) if is_bucket(place.uri) else ""

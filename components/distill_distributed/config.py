@@ -18,8 +18,9 @@ from components.core.errors import shown
 from components.core.reading import parse_json
 from components.core.settings import EXECUTION, START, Settings
 from components.core.storage import check_place
+from components.distill.checkpoints import CheckpointSettings
 from components.distill.config import NOT_IN_PIPELINES as NOT_IN_COMPRESS
-from components.distill.config import CheckpointSettings, DistillConfig, DistillSettings
+from components.distill.config import DistillConfig, DistillSettings
 
 KINDS = ("pytorchjob", "trainjob")
 POD_SETTINGS = ("affinity", "env", "node_selector", "tolerations", "volume_mounts", "volumes")
@@ -124,7 +125,8 @@ class DistillDistributedConfig(JobSettings, NodeSettings, DistillConfig):
 
     artifacts: str = "{}"
     """Where the nodes read the inputs and write the result if there is no handover, as a JSON object: teacher_model,
-    student_model, mask_file, train_data, eval_data and output_dir → place. In a pipeline they are the artifacts' own."""
+    student_model, mask_file, train_data, eval_data, output_dir and, if it is given, output_mask_file (the folder with that
+    file) → place. In a pipeline they are the artifacts' own."""
     pod: str = "{}"
     """Other settings of the nodes' pods as a JSON object: affinity, env, node_selector, tolerations, volume_mounts and volumes,
     in Kubernetes' own format. In a pipeline they are taken from the task."""
@@ -139,7 +141,8 @@ class DistillDistributedConfig(JobSettings, NodeSettings, DistillConfig):
                 raise ValueError(f"{parameter} must be empty for a job, got {value}: the nodes could not reach it")
         self.pod_settings()
         places = self.artifact_places()
-        if not self.handover and (missing := sorted({*self.inputs(), "output_dir"} - places.keys())):
+        outputs = {"output_dir", *(["output_mask_file"] if self.output_mask_file else [])}
+        if not self.handover and (missing := sorted({*self.inputs(), *outputs} - places.keys())):
             raise ValueError(
                 f"handover must be given, or artifacts must have a place for {missing[0]}, got {shown(self.artifacts)}"
             )

@@ -1,4 +1,4 @@
-"""What runs on each node of the job: read the inputs at their places, run torchrun, write the result to its place.
+"""What runs on each node of the job: read the inputs at their places, run torchrun, write the result to its places.
 
 Inputs are downloaded once per node, not once per process. Only the node with the first process has a result to upload; the
 others wait until it is complete, since an elastic job counts as succeeded, and its pods are removed, when any node finishes.
@@ -15,6 +15,7 @@ from pathlib import Path
 from components.core import storage
 from components.core.cli import errors_in_one_line, parse, stop_at_sigterm
 from components.core.errors import shown
+from components.core.mask.file import MASK_FILE
 from components.core.process import run_to_end
 from components.core.progress import log
 from components.core.reading import parse_json
@@ -38,11 +39,15 @@ class NodeConfig:
     """Parameter of components.distill → place to read it from, as a JSON object; parameters may share a place."""
     result: str
     """Place to write the distilled model to."""
+    result_mask: str = ""
+    """Place to write a folder with its mask to; empty = in the model's folder."""
     flags: str
     """All other flags of components.distill, as a JSON list."""
 
     def __post_init__(self) -> None:
         check_place("result", self.result)
+        if self.result_mask:
+            check_place("result_mask", self.result_mask)
         inputs = parse_json(self.inputs, "inputs", dict[str, str])
         for name in REQUIRED - inputs.keys():
             raise ValueError(f"inputs must have {', '.join(sorted(REQUIRED))}, got none for {name}")
@@ -65,10 +70,14 @@ def run(config: NodeConfig) -> None:
     for place, folder in folders.items():
         storage.download_artifact(place, folder)
     paths = {parameter: folders[place] for parameter, place in inputs.items()} | {"output_dir": work / "result"}
+    if config.result_mask:
+        paths["output_mask_file"] = work / "mask" / MASK_FILE
     flags = [*parse_json(config.flags, "flags", list[str]), *(f"--{parameter}={path}" for parameter, path in paths.items())]
     command = [sys.executable, "-m", "components.core.torchrun", "-m", "components.distill", *flags]
     run_to_end(command, os.environ)
     if (work / "result").is_dir():
+        if config.result_mask:  # before the model, whose being there tells all that the job is done
+            storage.complete(work / "mask", config.result_mask)
         storage.upload(work / "result", config.result)
     else:
         wait_for(config.result)

@@ -9,7 +9,7 @@ from typing import Any
 from components.core import storage
 from components.core.files import new_file, sample_fingerprint
 from components.core.history import Record, StageRecord, stats_file
-from components.core.mask.file import find_mask, fingerprint_of_file
+from components.core.mask.file import MASK_FILE, find_mask, fingerprint_of_file
 from components.core.progress import log
 from components.core.reading import parse_json
 from components.core.settings import INPUT, OUTPUT, START, flags_of, names_of
@@ -32,11 +32,13 @@ class Exchange:
     Attributes:
         inputs: parameter → place of an input.
         result: place of the distilled model.
+        mask: place of a folder with its mask; empty = in the model's folder.
         checkpoints: place of the training's checkpoints; empty = none.
     """
 
     inputs: dict[str, str]
     result: str
+    mask: str
     checkpoints: str
 
 
@@ -74,9 +76,14 @@ def run(config: DistillDistributedConfig) -> StageRecord:
         # KFP stores nothing of a stage that fails, so the logs are written beside the place of the result
         kept_at = config.artifact_places().get("output_dir") or str(job_file.absolute())
         Watcher(cluster, config.kind, name, fewest[0] if fewest else config.nodes, config.deadline, f"{kept_at}.logs").follow()
-    record = verify(exchange.result, name, mask)
+    record = verify(exchange, name, mask)
     if config.handover:
         storage.download(exchange.result, Path(config.output_dir))
+        if exchange.mask:
+            with new_file(config.output_mask_file) as scratch:
+                folder = scratch.with_name(f"{scratch.name}.folder")
+                storage.download(exchange.mask, folder)
+                (folder / MASK_FILE).rename(scratch)
     log(f"distilled by job {name}: {config.output_dir if config.handover else exchange.result}")
     clean_up(config, exchange, keep_result=pod is not None)
     return record
@@ -87,14 +94,20 @@ def make_exchange(config: DistillDistributedConfig, run_id: str, name: str) -> E
     if config.handover:
         place = f"{config.handover}/{run_id}/{name}"
         inputs = {parameter: f"{place}/inputs/{shared}" for parameter, shared in distinct(config.inputs()).items()}
-        result, all_checkpoints = f"{place}/result", f"{config.handover}/{run_id}/checkpoints"
+        result, mask, all_checkpoints = f"{place}/result", f"{place}/mask", f"{config.handover}/{run_id}/checkpoints"
     else:
         places = config.artifact_places()
         inputs = {parameter: places[parameter] for parameter in config.inputs()}
-        result, all_checkpoints = places["output_dir"], f"{storage.run_place(places['output_dir'])}/checkpoints"
+        result, mask = places["output_dir"], places.get("output_mask_file", "")
+        all_checkpoints = f"{storage.run_place(result)}/checkpoints"
     if config.checkpoints != "auto":
         all_checkpoints = f"{config.checkpoints}/{run_id}"
-    return Exchange(inputs, result, checkpoints="" if config.checkpoints == "none" else f"{all_checkpoints}/{name}")
+    return Exchange(
+        inputs,
+        result,
+        mask=mask if config.output_mask_file else "",
+        checkpoints="" if config.checkpoints == "none" else f"{all_checkpoints}/{name}",
+    )
 
 
 def hand_over(config: DistillDistributedConfig, exchange: Exchange) -> None:
@@ -144,6 +157,7 @@ def make_spec(
     flags += [f"--global_batch={global_batch(config)}"]
     flags += [f"--checkpoint_dir={exchange.checkpoints}"] if exchange.checkpoints else []
     command = ["python", "-m", "components.distill_distributed.node", "--result", exchange.result]
+    command += ["--result_mask", exchange.mask] if exchange.mask else []
     command += ["--inputs", json.dumps(exchange.inputs), "--flags", json.dumps(flags)]
     return JobSpec(
         name=name,
@@ -170,22 +184,23 @@ def global_batch(config: DistillDistributedConfig) -> int:
     return config.global_batch or config.step_blocks(config.nodes * config.nproc_per_node)
 
 
-def verify(place: str, name: str, mask: str) -> StageRecord:
+def verify(exchange: Exchange, name: str, mask: str) -> StageRecord:
     """Accept the result of a job that reports success only if it is complete and passes verification; returns its record.
 
     Args:
-        place: where the node with the first process wrote the result.
+        exchange: says where the node with the first process wrote the result.
         name: the job's name.
         mask: fingerprint of the mask that the nodes were given.
 
     Raises:
         JobError: the result is incomplete, was trained under another mask, or lacks the required integrity check.
     """
-    try:
-        storage.check_complete(place)
-    except ValueError as error:
-        raise JobError(f"job {name} says that it succeeded, but {place} holds no complete result: {error}") from error
-    file = f"{place}/{stats_file('distill')}"
+    for place in (exchange.result, exchange.mask) if exchange.mask else (exchange.result,):
+        try:
+            storage.check_complete(place)
+        except ValueError as error:
+            raise JobError(f"job {name} says that it succeeded, but {place} holds no complete result: {error}") from error
+    file = f"{exchange.result}/{stats_file('distill')}"
     record = StageRecord(**parse_json(storage.read_bytes(file), file, Record))
     check = record.sparse_integrity_check
     used = record.details.get("inputs", {}).get("mask")

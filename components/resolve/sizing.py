@@ -4,6 +4,7 @@ Prune, quantize and the measuring of perplexity hold one block, what lies outsid
 hidden states of whole texts lie on disk. Distillation holds whole models, divided among its processes:
 
     trained weights and gradient (float32), Adam's two moments (float32), mask (1 byte):  17 bytes per trained weight
+    what ADMM keeps of the weights that its mask has and of its dual variable (float32), if it chooses the mask:  4 more
     weights that do not train, outside the blocks: float32 for the student, the number format for the teacher; on every process
 
 On a GPU all of this lies in its memory, and the host holds a part of the weights while it is read or written. On a CPU the host
@@ -138,11 +139,13 @@ def distill(shape: Shape, run: Mapping[str, Any]) -> Need:
     cached = run["distill_teacher_cache"] == "always" or (
         run["distill_teacher_cache"] == "auto" and run["distill_epochs"] > 1 and not run["distill_alpha_hidden"]
     )
+    chooses = run["distill_mask"] == "admm"
     held = {
         "trained weights": shape.inside * 4 / states,
         "their gradient": shape.inside * 4 / states,
         "Adam's moments": shape.inside * 8 / states,
         "mask": shape.inside / shards,
+        "ADMM's variables": shape.inside * 4 / shards if chooses else 0,
         "best weights": shape.inside * 4 / shards if run["distill_keep_best"] else 0,
         "student outside the blocks": shape.outside * 4 + shape.head * copied,
         "teacher's blocks": 0 if cached else shape.inside * size / shards,
@@ -159,7 +162,8 @@ def distill(shape: Shape, run: Mapping[str, Any]) -> Need:
         "dense model": shape.stored,
         "pruned model and mask": shape.parameters * size + shape.inside / 8,
         "distilled model and its parts": 2 * shape.parameters * size,
-        "checkpoints": KEPT_CHECKPOINTS * shape.inside * 12 / nodes,
+        "its mask and the parts": 2 * shape.inside / 8,
+        "checkpoints": KEPT_CHECKPOINTS * shape.inside * (17 if chooses else 12) / nodes,
         "teacher's states": TRAIN_TOKENS * shape.width * 2 if cached else 0,
         "hidden states": 2 * evaluation_tokens(run) * shape.width * size,
     }

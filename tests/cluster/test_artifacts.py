@@ -17,6 +17,7 @@ from kubernetes import client
 
 from components.core import storage
 from components.core.history import StageRecord
+from components.core.mask.file import find_mask, fingerprint_of_file
 from components.core.storage import session
 from components.core.storage.place import open_store
 from components.core.storage.session import CREDENTIALS, INFO, STORE, session_of
@@ -102,7 +103,7 @@ class Task(Launcher):
         executor = spec["deploymentSpec"]["executors"][f"exec-{component}"]["container"]
         definition = spec["components"][f"comp-{component}"]
         folder = f"{ROOT}/{run.name}/task/unique"
-        artifacts = {"dense_model": "dense", "pruned_model": "pruned", "mask": "pruned", "tokens": "tokens"}
+        artifacts = {"dense_model": "dense", "pruned_model": "pruned", "pruned_mask": "pruned", "tokens": "tokens"}
 
         def artifact(uri, kind="system.Artifact", **metadata):
             return {"artifacts": [{"name": "1", "uri": uri, "type": {"schemaTitle": kind}, "metadata": metadata}]}
@@ -149,6 +150,8 @@ def test_a_store_that_only_kfp_describes_is_all_that_is_needed(space, told, stor
     storage.download(place, tmp_path / "distilled")
     record = StageRecord.load(tmp_path / "distilled" / "distill_stats.json")
     check_like_one(models, vars(record))
+    storage.download(place.replace("distilled_model", "distilled_mask"), tmp_path / "mask")
+    assert fingerprint_of_file(find_mask(tmp_path / "mask")) == record.measured["mask"]
     size = sum(file.stat().st_size for file in (tmp_path / "distilled").iterdir())
     assert store.received - before < 4 * size + 8 * 2**20  # the model and two checkpoints, all of them from the nodes
     assert not open_store(f"{ROOT}/{pipeline_run.name}/checkpoints").list()

@@ -82,7 +82,9 @@ PLACES = (
     "2:4", "0:0", "1:" + "9" * 400, "auto", "int8", "true",
 )  # fmt: skip
 # parameters that name what is written, and places that could be written to but do not belong to the case
-WRITTEN = ("output_dir", "mask_file", "checkpoint_dir", "tensorboard_dir", "job_file", "publish_to", "run_dir")
+WRITTEN = (
+    "output_dir", "mask_file", "output_mask_file", "checkpoint_dir", "tensorboard_dir", "job_file", "publish_to", "run_dir",
+)  # fmt: skip
 OUTSIDE = ("/", "..", "../..", "../../../../../../..", "/" * 5000)
 LISTS = (("",), ("a", ""), ("int8", "int8"), ("int8",) * 500, ("-1",), ("x=y",), ("model_id=",), ("=",), (f"model_id={TOKEN}",))
 STRUCTURES = (

@@ -187,8 +187,8 @@ def test_artifacts_say_what_they_are_and_the_report_reads_the_models_alone(spec)
         name.removeprefix("comp-"): component for name, component in spec["components"].items() if "executorLabel" in component
     }
     made = {name: set(part.get("outputDefinitions", {}).get("artifacts", {})) - {"metrics"} for name, part in parts.items()}
-    distill = {"distill": {"distilled_model"}, "remove-checkpoints": set()} if "distill" in parts else {
-        "distill-distributed": {"distilled_model", "job_manifest"}, "sweep-jobs": {"place"},
+    distill = {"distill": {"distilled_model", "distilled_mask"}, "remove-checkpoints": set()} if "distill" in parts else {
+        "distill-distributed": {"distilled_model", "distilled_mask", "job_manifest"}, "sweep-jobs": {"place"},
     }  # fmt: skip
     assert made == distill | {
         "resolve": set(),
@@ -205,6 +205,19 @@ def test_artifacts_say_what_they_are_and_the_report_reads_the_models_alone(spec)
     }
     nested = spec["components"]["comp-quantize-format"]["outputDefinitions"]["artifacts"]
     assert nested.keys() - {name for name in nested if name.endswith("-metrics")} == {"quantized_model"}
+
+
+def test_the_mask_by_which_a_model_is_checked_is_that_of_distillation(spec):
+    tasks = [each.get("dag", {}).get("tasks", {}) for each in (spec["root"], *spec["components"].values())]
+    (whole,) = [each for each in tasks if "prune" in each]
+    (distill,) = [task for name, task in whole.items() if name in ("distill", "distill-distributed")]
+    (loop,) = [task for name, task in whole.items() if name.startswith("for-loop")]
+    given = distill["inputs"]["artifacts"]["pruned_mask"]["taskOutputArtifact"]
+    assert given == {"outputArtifactKey": "mask", "producerTask": "prune"}
+    read = [entry["taskOutputArtifact"] for entry in loop["inputs"]["artifacts"].values() if "taskOutputArtifact" in entry]
+    keys = {entry["outputArtifactKey"]: entry["producerTask"] for entry in read}
+    assert keys["distilled_mask"] == distill["taskInfo"]["name"]
+    assert "mask" not in keys
 
 
 def test_the_job_of_many_nodes_gets_what_is_set_on_its_task():

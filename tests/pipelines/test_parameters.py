@@ -12,7 +12,8 @@ import pytest
 from docstring_parser import parse
 
 from components.core.settings import configure
-from components.distill.config import CheckpointSettings, DistillConfig
+from components.distill.checkpoints import CheckpointSettings
+from components.distill.config import DistillConfig
 from components.distill_distributed.component import sweep_jobs
 from components.distill_distributed.sweep import SweepConfig
 from components.quantize.config import FormatsSettings

@@ -18,6 +18,7 @@ from components.core.files import (
     UNFINISHED,
     check_new,
     new_directory,
+    new_directory_and_work,
     new_file,
     resumable_directory,
     stat_fingerprint,
@@ -228,6 +229,22 @@ def test_stat_fingerprint_changes_with_name_size_and_time(tmp_path):
 def test_written_json_is_indented_and_ends_its_line(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1})
     assert (tmp_path / "a.json").read_text() == json.dumps({"a": 1}, indent=2) + "\n"
+
+
+@pytest.mark.parametrize("end", [None, OSError("full"), SystemExit(143)])
+@pytest.mark.parametrize("name", ["mask", "out"])
+def test_a_folder_and_a_file_beside_it_appear_together_or_not_at_all(tmp_path, end, name):
+    """And the work on the way there never."""
+    made = new_directory_and_work(tmp_path / "out", str(tmp_path / "masks" / name))
+    with contextlib.suppress(OSError, SystemExit), made as (output, work):
+        (output / "file").write_text("x")
+        (work / name).write_text("mask")
+        (work / "other").write_text("y")
+        if end:
+            raise end
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == (set() if end else {"out/file", f"masks/{name}"})
+    assert {path.name for path in tmp_path.iterdir()} == (set() if end else {"out", "masks"})
 
 
 class TestResumableDirectory:

@@ -9,7 +9,7 @@ from kubernetes.config import kube_config
 
 from components.core import storage
 from components.core.history import StageRecord
-from components.core.mask.file import find_mask, fingerprint_of_file
+from components.core.mask.file import MASK_FILE, find_mask, fingerprint_of_file
 from components.distill_distributed import cluster, logs, watch
 from components.distill_distributed.cluster import Cluster
 from components.distill_distributed.config import DistillDistributedConfig
@@ -101,7 +101,7 @@ def place_of(api, kind="pytorchjob"):
 
 
 def hand_over_result(api, settings, tmp_path, kind="pytorchjob", place="", **changes):
-    """Do what the first node does at its end: write a record and a model."""
+    """Do what the first node does at its end: write a record and a model and, if it is told where, its mask."""
     mask = fingerprint_of_file(find_mask(settings.mask_file))
     record = StageRecord(
         stage="distill",
@@ -114,6 +114,10 @@ def hand_over_result(api, settings, tmp_path, kind="pytorchjob", place="", **cha
     folder.mkdir()
     dataclasses.replace(record, **changes).save(folder / "distill_stats.json")
     (folder / "model.safetensors").write_bytes(b"weights")
+    if told := re.search(r'"--result_mask", "([^"]+)"', json.dumps(api.job(kind))):
+        (tmp_path / "mask-on-the-node").mkdir()
+        (tmp_path / "mask-on-the-node" / MASK_FILE).write_bytes(b"new mask")
+        storage.upload(tmp_path / "mask-on-the-node", told[1])
     storage.upload(folder, place or f"{place_of(api, kind)}/result")
 
 

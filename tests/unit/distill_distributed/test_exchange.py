@@ -7,9 +7,10 @@ import shutil
 import pytest
 
 from components.core import storage
+from components.core.mask.file import MASK_FILE
 from components.core.storage import run_place
 from components.core.storage.session import INFO, STORE, session_of
-from components.distill.config import checkpoint_dir_here, checkpoints_of_run
+from components.distill.checkpoints import checkpoint_dir_here, checkpoints_of_run
 from components.distill_distributed import stage, sweep
 from components.distill_distributed.job import RENDERERS, RUN_LABEL, SESSION, stored_session
 from components.distill_distributed.sweep import SweepConfig
@@ -67,6 +68,23 @@ def test_nodes_are_given_the_artifacts_own_places(api, direct, tmp_path):
     after = sorted(path for path in (tmp_path / "artifacts").rglob("*") if path.is_file())
     assert {path.parent.name for path in set(after) - set(before)} == {"output_dir"}
     assert storage.is_complete(places["output_dir"])
+
+
+def test_the_mask_is_written_to_its_own_place_and_a_job_without_it_has_failed(api, direct, tmp_path):
+    file = f"{tmp_path}/masks/{MASK_FILE}"
+    with pytest.raises(ValueError, match="artifacts must have a place for output_mask_file"):
+        dataclasses.replace(direct, output_mask_file=file)
+    places = direct.artifact_places() | {"output_mask_file": f"{tmp_path}/artifacts/3f0c/task/unique/distilled_mask"}
+    direct = dataclasses.replace(direct, output_mask_file=file, artifacts=json.dumps(places))
+    api.story = success(api, direct, tmp_path)
+    stage.run(direct)
+    assert flag_of(api, "--result_mask") == places["output_mask_file"]
+    assert storage.read_bytes(f"{places['output_mask_file']}/{MASK_FILE}") == b"new mask"
+    assert not (tmp_path / "masks").exists()
+    assert not [flag for flag in json.loads(flag_of(api, "--flags")) if "mask_file" in flag]
+    storage.remove(places["output_mask_file"])
+    with pytest.raises(JobError, match="says that it succeeded, but .*/distilled_mask holds no complete result"):
+        stage.run(direct)
 
 
 def test_checkpoints_lie_beside_the_artifacts_until_the_job_has_succeeded(api, direct, tmp_path):

@@ -52,6 +52,15 @@ def test_inputs_go_out_the_job_runs_and_the_result_comes_back(api, settings, tmp
     assert re.findall(r"\[PPL\].*", printed) == ["[PPL] finetune_start=30.0000", "[PPL] epoch=1 eval_ppl=20.0000"]
 
 
+def test_the_mask_of_the_result_comes_back_too(api, settings, tmp_path):
+    settings = dataclasses.replace(settings, output_mask_file=str(tmp_path / "masks" / "new.safetensors"))
+    api.story = success(api, settings, tmp_path)
+    stage.run(settings)
+    assert (tmp_path / "masks" / "new.safetensors").read_bytes() == b"new mask"
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == ["new.safetensors"]
+    assert not Path(place_of(api)).exists()
+
+
 def test_the_manifest_is_written_before_the_job_is_submitted(api, settings, tmp_path):
     api.fail("POST", "pytorchjobs", 403)
     with pytest.raises(ValueError, match="403"):

@@ -13,7 +13,7 @@ import pytest
 
 from components.core import storage
 from components.core.history import read_history
-from components.core.mask.file import find_mask, fingerprint_of_file
+from components.core.mask.file import MASK_FILE, find_mask, fingerprint_of_file
 from components.core.reading import read_json
 from components.distill_distributed import node, watch
 from tests.conftest import save_pruned
@@ -56,6 +56,7 @@ def start(place: str, scratch: Path, rank: int = 0, nodes: int = 1, port: int = 
         "TMPDIR": str(scratch),
     }
     command = [sys.executable, "-m", "components.distill_distributed.node", "--result", f"{place}/result"]
+    command += ["--result_mask", f"{place}/mask"]
     command += ["--inputs", json.dumps({name: f"{place}/inputs/{name}" for name in INPUTS}), "--flags", json.dumps(flags)]
     return subprocess.Popen(command, env=os.environ | told, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -67,11 +68,31 @@ def test_two_nodes_train_together_and_one_hands_over(place, models, tmp_path):
     assert [node.returncode for node in nodes] == [0, 0], logs
     assert ["uploaded" in log for log in logs] == [True, False]
     storage.download(f"{place}/result", tmp_path / "result")
+    storage.download(f"{place}/mask", tmp_path / "mask")
     stats = read_json(tmp_path / "result" / "distill_stats.json", dict)
+    assert not (tmp_path / "result" / MASK_FILE).exists()
+    assert [path.name for path in (tmp_path / "mask").iterdir()] == [MASK_FILE]
+    assert fingerprint_of_file(tmp_path / "mask" / MASK_FILE) == stats["measured"]["mask"] == stats["details"]["inputs"]["mask"]
     assert stats["sparse_integrity_check"]["passed"]
     assert stats["details"]["inputs"]["mask"] == fingerprint_of_file(find_mask(models / "pruned"))
     assert stats["parameters"]["grad_accum_steps"] == 2  # 4 blocks per step over two processes
     assert [entry["stage"] for entry in read_history(tmp_path / "result")["steps"]][-1] == "distill"
+
+
+def test_the_mask_of_a_node_that_was_lost_before_the_result_is_replaced(place, models, tmp_path):
+    """And it can be another than the one that was given."""
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / MASK_FILE).write_bytes(b"of an attempt before")
+    storage.upload(tmp_path / "before", f"{place}/mask")
+    node = start(place, tmp_path / "scratch", flags=[*FLAGS, "--mask=admm", "--admm_interval=1"])
+    log = node.communicate(timeout=300)[0]
+    assert node.returncode == 0, log
+    storage.download(f"{place}/result", tmp_path / "result")
+    storage.download(f"{place}/mask", tmp_path / "mask")
+    found = fingerprint_of_file(tmp_path / "mask" / MASK_FILE)
+    measured = read_json(tmp_path / "result" / "distill_stats.json", dict)["measured"]
+    assert measured["mask"] == found != fingerprint_of_file(find_mask(models / "pruned"))
+    assert measured["mask_overlap"] < 1
 
 
 def test_a_node_that_comes_too_late_does_nothing(place, models, tmp_path):

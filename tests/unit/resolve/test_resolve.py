@@ -272,7 +272,7 @@ def test_a_model_in_a_folder_with_a_quotation_mark_is_found(start, checkpoint, t
         ("{", "parameters must be JSON"),
         ("", "parameters must be JSON"),
         ("[]", "parameters must be JSON of its form, it: Input should be an object, got []"),
-        ('{"prune_sparsty": 0.5}', "prune_sparsty must be a parameter of compress, it has bos, distill_alpha_hidden, "),
+        ('{"prune_sparsty": 0.5}', "prune_sparsty must be a parameter of compress, it has bos, distill_admm_interval, "),
         ('{"distill_nodes": 2}', "distill_nodes must be a parameter of compress, it has"),
         ('{"prune_sparsity": null}', "prune_sparsity must be a finite number, got None"),
         ('{"prune_sparsity": [0.5]}', "prune_sparsity must be a finite number, got [0.5]"),

@@ -95,8 +95,8 @@ def test_depth_takes_disk_but_no_memory_where_blocks_are_loaded_one_by_one(stage
 
 
 def test_twice_the_processes_hold_half_of_what_is_divided():
-    half, whole = (distill(LARGEST, distillation(gpus)).gpu for gpus in (64, 32))
-    divided = ("trained weights", "their gradient", "Adam's moments", "mask", "teacher's blocks")
+    half, whole = (distill(LARGEST, distillation(gpus, distill_mask="admm")).gpu for gpus in (64, 32))
+    divided = ("trained weights", "their gradient", "Adam's moments", "mask", "ADMM's variables", "teacher's blocks")
     assert {term: 2 * half[term] for term in divided} == {term: whole[term] for term in divided}
     assert {term: half[term] for term in half if term not in divided} == {
         term: whole[term] for term in whole if term not in divided
@@ -121,6 +121,7 @@ def test_an_elastic_job_is_sized_for_its_fewest_nodes():
         ({"distill_teacher_cache": "always"}, "teacher's blocks", None),
         ({"distill_epochs": 2}, "teacher's blocks", None),
         ({"distill_keep_best": True}, None, "best weights"),
+        ({"distill_mask": "admm"}, None, "ADMM's variables"),
         ({"distill_batch_size": 4}, None, "activations"),
         ({"seq_len": 2048}, None, "activations"),
         ({"dtype": "float32"}, "weights in the number format", "teacher's blocks"),
