@@ -240,3 +240,30 @@ def settings_of_dense(folder, output, corpus):
     return QuantizeConfig(
         model_dir=str(folder), output_dir=str(output), format="packed-int8", eval_data=str(corpus), **EVALUATION
     )
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"rounding": "up"}, "rounding must be one of auto, nearest, gptq, got 'up'"),
+        ({"embedding": "fp8"}, "embedding must be one of int8, 16bit, got 'fp8'"),
+        ({"nsamples": 0}, "nsamples must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_rule(setting, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        QuantizeConfig(model_dir="model", output_dir="out", format="packed-int4", **setting)
+
+
+@pytest.mark.parametrize(
+    ("format", "rounding", "expected"),
+    [
+        ("packed-int4", "auto", True),
+        ("packed-int4", "nearest", False),
+        ("packed-int8", "auto", False),
+        ("packed-int8", "gptq", True),
+        ("int8", "gptq", False),
+    ],
+)
+def test_which_formats_are_rounded_by_gptq(format, rounding, expected):
+    assert QuantizeConfig(model_dir="model", output_dir="out", format=format, rounding=rounding).by_gptq() == expected
