@@ -17,7 +17,7 @@ from components.core.mask.mask import Mask
 from components.core.mask.prunable import head_name, prunable_weights
 from components.core.progress import track
 from components.core.walk.stream import Stream
-from components.core.walk.walk import Walk
+from components.core.walk.walk import ReplayError, Walk
 from components.core.walk.work import Work
 from components.quantize.config import QuantizeConfig
 from components.quantize.part import Part
@@ -39,7 +39,7 @@ def quantize_model(
 
     Raises:
         SparsityError: a weight outside the mask is not zero.
-        ReplayError: there is calibration text, and the model's blocks cannot be run one by one.
+        ValueError: there is calibration text, and the model's blocks cannot be run one by one.
     """
     text = begin(walk, work.folder, calibration, fresh=not work.results)
     layers = [(index, matrix.layer) for index, block in enumerate(walk.blocks) for matrix in matrices(block).values()]
@@ -70,11 +70,18 @@ def quantize_model(
 
 
 def begin(walk: Walk, folder: Path, calibration: Tensor | None, fresh: bool) -> Stream | None:
-    """Begin the walk of calibration text, if there is any."""
+    """Begin the walk of calibration text, if there is any.
+
+    Raises:
+        ValueError: the model's blocks cannot be run one by one.
+    """
     if calibration is None:
         return None
     if fresh:
-        walk.check()
+        try:
+            walk.check()
+        except ReplayError as error:
+            raise ValueError(f"rounding must be nearest for this model, got gptq: {error}") from error
     with walk.outside():
         return walk.record(calibration, folder, "calibration", fresh)
 

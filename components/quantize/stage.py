@@ -77,7 +77,8 @@ def run(config: QuantizeConfig) -> StageRecord:
     # on a GPU, optimum-quanto would repack float8 weights for its own kernels, so that their zeros could not be checked
     walk = Walk("model_dir", config.model_dir, dtype, device if config.format in PACKED else CPU, trust)
     check_stored_experts(walk)
-    log(f"quantizing to {config.format} with {engine.NAME}")
+    how = "gptq" if calibration else "nearest"
+    log(f"quantizing to {config.format} with {engine.NAME}, rounding: {how}")
     result.measured |= report_dense(walk.model, prunable_weights(walk.model))
     texts = [text.ids if text else None for text in (calibration, evaluation)]
     key = work_key(depends_on(config, mask, texts, walk, engine))
@@ -95,7 +96,7 @@ def run(config: QuantizeConfig) -> StageRecord:
             ppl = measure("model_dir", output, evaluation.ids, dtype, device, place / "measured", trust)
             result.measured |= {"perplexity": ppl, "perplexity_text": evaluation.fingerprint(), "bos": evaluation.bos}
             log_perplexity("after_quantization", ppl)
-        result.measured |= {"sparsity": sparsity, "engine": engine.NAME, **watch.read()}
+        result.measured |= {"sparsity": sparsity, "engine": engine.NAME, "rounding": how, **watch.read()}
         write_history(output, read_history(config.model_dir), result, config.model_dir)
     log(f"quantized to {config.format}, {result.measured['bytes'] / 1e6:.0f} MB: {config.output_dir}")
     return result

@@ -26,13 +26,19 @@ BITS = {"packed-int8": 8, "packed-int4": 4}
 
 @torch.no_grad()
 def quantize(part: Part, config: QuantizeConfig) -> dict[str, Tensor]:
-    """The records of a part, by the names in its module, whose weights become what was rounded."""
+    """The records of a part, by the names in its module, whose weights become what was rounded.
+
+    Raises:
+        ValueError: weights are not finite.
+    """
     tensors = part.tensors()
     made = round_matrices(part, BITS[config.format])
     if config.embedding == "int8":
         names = sorted(part.words & tensors.keys())
         made |= {name: nearest(tensors[name], None, grid_of(8, tensors[name].shape[1], 1.0)) for name in names}
     for name, packed in made.items():
+        if not torch.isfinite(packed.scales).all():
+            raise ValueError(f"model_dir must hold finite weights, {part.name or 'the model'} has others in {name}")
         tensors[name].copy_(packed.dense())
     return {name: pack(made[name]) if name in made else pack_plain(shortened(tensor)) for name, tensor in tensors.items()}
 

@@ -13,6 +13,7 @@ from components.core.history import read_history
 from components.core.mask.integrity import SparsityError, integrity
 from components.core.mask.mask import Mask, load_mask, save_mask
 from components.core.packed.grid import Grid, grid_of, nearest
+from components.core.walk.walk import ReplayError, Walk
 from components.prune.conditioning import inverse_factor
 from components.quantize import blocks, rounding
 from components.quantize.config import PACKED, QuantizeConfig
@@ -44,6 +45,7 @@ def settings(pruned, output, corpus, **changes):
 def test_a_fresh_process_measures_the_same_perplexity(pruned, corpus, tmp_path, format):
     record = run(settings(pruned, tmp_path / "out", corpus, format=format))
     assert record.measured["engine"] == "packed"
+    assert record.measured["rounding"] == ("gptq" if format == "packed-int4" else "nearest")
     assert record.sparse_integrity_check["passed"]
     assert record.measured["sparsity"] == pytest.approx(0.7, abs=1e-3)
     assert read_history(tmp_path / "out")["steps"][-1]["parameters"]["format"] == format
@@ -151,6 +153,16 @@ def test_experts_cannot_be_packed(tmp_path, format):
     save(folder, "Mixtral", MIXTURES["Mixtral"])
     with pytest.raises(ValueError, match=f"^format must be int8 for a model with experts, got {format}"):
         run(QuantizeConfig(model_dir=str(folder), output_dir=str(tmp_path / "out"), format=format, skip_ppl_eval=True))
+
+
+def test_blocks_that_cannot_be_run_one_by_one_are_rounded_to_the_nearest_alone(pruned, corpus, tmp_path, monkeypatch):
+    def refuse(self):
+        raise ReplayError("its blocks share keys")
+
+    monkeypatch.setattr(Walk, "check", refuse)
+    with pytest.raises(ValueError, match="^rounding must be nearest for this model, got gptq: its blocks share keys"):
+        run(settings(pruned, tmp_path / "out", corpus, format="packed-int4", skip_ppl_eval=True))
+    run(settings(pruned, tmp_path / "out", corpus, format="packed-int4", rounding="nearest", skip_ppl_eval=True))
 
 
 def literal_gptq(weights, kept, hessian, grid, sweeps):
