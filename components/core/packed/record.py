@@ -265,14 +265,11 @@ def _to_bytes(tiles: Tensor, places: Tensor, bits: int) -> Tensor:
 def _from_bytes(data: Tensor, places: Tensor, bits: int) -> Tensor:
     """The inverse of `_to_bytes`; zero outside the places."""
     if bits == 8:
-        tiles = torch.zeros(places.shape, dtype=torch.int8)
-        tiles[places] = data.view(torch.int8)
-        return tiles
+        return torch.zeros(places.shape, dtype=torch.int8).masked_scatter_(places, data.view(torch.int8))
     halves = torch.stack([data & 15, data >> 4], -1).flatten()
     filled = _with_filling(places)
-    tiles = torch.zeros(filled.shape, dtype=torch.int8)
-    tiles[filled] = (halves ^ 8).view(torch.int8) - 8  # two's complement
-    return tiles[..., :COLUMNS]
+    integers = (halves ^ 8).view(torch.int8) - 8  # two's complement
+    return torch.zeros(filled.shape, dtype=torch.int8).masked_scatter_(filled, integers)[..., :COLUMNS]
 
 
 def _padded(data: Tensor, more: int = 0) -> Tensor:
