@@ -88,7 +88,7 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if target is not None and is_placed:
         plain["device"] = CPU
     result = function(*plain_args, **plain)
-    if function._schema.name.endswith("_") and isinstance(args[0], Tensor):  # changed in place
+    if function._schema.is_mutable and function._schema.name.endswith("_") and isinstance(args[0], Tensor):  # changed in place
         return args[0]
     if "out" in kwargs:
         return kwargs["out"]

@@ -70,9 +70,9 @@ def read_candidate(folder: str) -> Candidate:
 
 
 def _folder_name(folder: str, name: str) -> str:
-    if not re.fullmatch(r"[a-z0-9_]+", name):
+    if not re.fullmatch(r"[a-z0-9_-]+", name):
         file = Path(folder) / HISTORY_FILE
-        raise ValueError(f"{file}: a model's format must be lower-case letters, digits and '_', got {shown(name)}")
+        raise ValueError(f"{file}: a model's format must be lower-case letters, digits, '_' and '-', got {shown(name)}")
     return name
 
 

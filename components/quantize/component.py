@@ -13,6 +13,11 @@ def quantize(
     quantized_model: Output[Model],
     metrics: Output[Metrics],
     format: str,
+    rounding: str,
+    embedding: str,
+    nsamples: int,
+    seq_len: int,
+    seed: int,
     dtype: str,
     eval_blocks: int,
     eval_seq_len: int,
@@ -33,6 +38,7 @@ def quantize(
         model_dir=distilled_model.path,
         output_dir=quantized_model.path,
         mask_file=mask.path,
+        calibration_data=tokens.path,
         eval_data=tokens.path,
     )
     record = run(config)

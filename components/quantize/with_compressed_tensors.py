@@ -18,13 +18,15 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
     apply_quantization_config,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from components.core.blocks import stacks
 from components.core.checkpoint.weights import Weights
 from components.core.files import write_json
 from components.core.progress import quiet_bars
 from components.core.reading import read_json
+from components.quantize.config import QuantizeConfig
+from components.quantize.part import Part, Stored
 
 NAME = "compressed-tensors"
 LARGEST = 127  # of the integers
@@ -38,9 +40,14 @@ def settings(exclude: list[str]) -> QuantizationConfig:
     return QuantizationConfig(config_groups={"linears": scheme}, ignore=exclude, quantization_status=QuantizationStatus.FROZEN)
 
 
-def quantize(module: nn.Module, format: str, exclude: list[str]) -> None:
-    """Quantize a module's linear layers and experts in place, except those that are excluded. `named` tells what is stored."""
-    assert format == "int8"
+def quantize(part: Part, config: QuantizeConfig) -> dict[str, Tensor]:
+    """Quantize a part's linear layers and experts in place, except those that are excluded.
+
+    Returns:
+        its tensors by the names in its module, of which `named` makes what is stored.
+    """
+    assert config.format == "int8"
+    module, exclude = part.module, part.exclude
     with quiet_bars():
         apply_quantization_config(module, settings(exclude))
         for name, scale in module.named_parameters():
@@ -48,14 +55,15 @@ def quantize(module: nn.Module, format: str, exclude: list[str]) -> None:
                 weight = module.get_parameter(name.removesuffix("_scale"))
                 scale.data.copy_(_scale(weight.data))
         ModelCompressor.from_pretrained_model(module).compress_model(module)
-    for name, part in module.named_modules():
-        for kind, weights in stacks(part).items():
+    for name, inner in module.named_modules():
+        for kind, weights in stacks(inner).items():
             if f"{name}.{kind}" not in exclude:
                 stack_scale = _scale(weights.data)
-                delattr(part, kind)
+                delattr(inner, kind)
                 rounded = (weights.data.float() / stack_scale.float()).round().clamp(-LARGEST, LARGEST)
-                part.register_buffer(kind, rounded.to(torch.int8))
-                part.register_buffer(f"{kind}{STACK_SCALE}", stack_scale)
+                inner.register_buffer(kind, rounded.to(torch.int8))
+                inner.register_buffer(f"{kind}{STACK_SCALE}", stack_scale)
+    return part.tensors()
 
 
 def _scale(weight: Tensor) -> Tensor:
@@ -88,10 +96,9 @@ def finish(model: Any, format: str, exclude: list[str], folder: Path) -> None:
     write_json(folder / "config.json", config)
 
 
-def stored(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+def stored(tensors: Mapping[str, Tensor], name: str) -> Stored:
     """The integers [out, in] of a weight, or of those of all experts [experts, out, in], from a part's `state_dict`."""
     if f"{name}{STACK_SCALE}" in tensors:
-        return tensors[name]
+        return Stored(tensors[name])
     shape = torch.Size(tensors[f"{name}_shape"].tolist())
-    integers: Tensor = unpack_from_int32(tensors[f"{name}_packed"], 8, shape)
-    return integers
+    return Stored(unpack_from_int32(tensors[f"{name}_packed"], 8, shape))

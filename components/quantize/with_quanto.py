@@ -8,11 +8,13 @@ import torch
 from optimum.quanto import freeze, qfloat8_e4m3fn, qint8, quantization_map
 from optimum.quanto import quantize as quantize_modules
 from optimum.quanto.tensor.optimizers import AbsmaxOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from components.core.checkpoint.files import QUANTO_FILE
 from components.core.checkpoint.weights import DATA, Weights
 from components.core.files import write_json
+from components.quantize.config import QuantizeConfig
+from components.quantize.part import Part, Stored
 
 NAME = "optimum-quanto"
 QTYPES = {"int8": qint8, "fp8": qfloat8_e4m3fn}
@@ -30,13 +32,15 @@ class NonzeroScale(AbsmaxOptimizer):
         return torch.where(scale == 0, 1, scale)
 
 
-def quantize(module: nn.Module, format: str, exclude: list[str]) -> None:
-    """Quantize a module's linear layers in place, except those whose names match a pattern in `exclude`.
+def quantize(part: Part, config: QuantizeConfig) -> dict[str, Tensor]:
+    """Quantize a part's linear layers in place, except those whose names match a pattern in its `exclude`.
 
-    Its `state_dict` is what is stored.
+    Returns:
+        what is stored of it, by the names in its module.
     """
-    quantize_modules(module, weights=QTYPES[format], optimizer=NonzeroScale(), exclude=exclude)
-    freeze(module)
+    quantize_modules(part.module, weights=QTYPES[config.format], optimizer=NonzeroScale(), exclude=part.exclude)
+    freeze(part.module)
+    return part.tensors()
 
 
 def named(weights: Weights, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -49,14 +53,14 @@ def finish(model: Any, format: str, exclude: list[str], folder: Path) -> None:
 
     Args:
         model: the dense model, its parameters on the meta device; it is changed.
-        format: see `quantize`.
-        exclude: see `quantize`.
+        format: `int8` or `fp8`.
+        exclude: names of the layers that are not quantized.
         folder: has the configuration of the dense model.
     """
     quantize_modules(model, weights=QTYPES[format], exclude=exclude)
     write_json(folder / QUANTO_FILE, quantization_map(model))
 
 
-def stored(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+def stored(tensors: Mapping[str, Tensor], name: str) -> Stored:
     """The integers or float8 [out, in] of a weight, from the tensors that are stored."""
-    return tensors[f"{name}{DATA}"]
+    return Stored(tensors[f"{name}{DATA}"])

@@ -41,6 +41,7 @@ PRUNING = 8  # matrices in float32 while layers with the same inputs are pruned:
 TRAINING = 20  # bytes for each weight of a block that is trained: itself in float32, gradients, Adam's moments, what it was
 TRIED = {"uniform": 0, "slope": 1.5, "owl": 1, "search": 4}  # times the calibration text that comparing allocations keeps
 CHECKING = 3  # matrices in float32 while one of them is checked or quantized
+ROUNDING = 24  # bytes for each weight of embedding and head while they become integers of a packed format
 NORMS = 5  # hidden states in float32 that a block keeps for the backward pass, besides inputs and outputs of its matrices
 
 
@@ -109,21 +110,37 @@ def prune(shape: Shape, run: Mapping[str, Any]) -> Need:
 def quantize(shape: Shape, run: Mapping[str, Any]) -> Need:
     """What the stage takes that quantizes to one format. Arguments as for `prune`."""
     size, gpus = number_bytes(run, "quantize"), run["quantize_gpus"]
-    quantizing: Terms = {  # on the CPU in any case
+    packed = {"packed-int8", "packed-int4"} & {*run["quantize_formats"]}
+    by_gptq = (
+        packed
+        if run["quantize_rounding"] == "gptq"
+        else packed & {"packed-int4"}
+        if run["quantize_rounding"] == "auto"
+        else set()
+    )
+    quantizing: Terms = {  # int8 and fp8 on the CPU in any case
         "a block": shape.block * size,
         "the quantized block": shape.block,
         "masks of a block": shape.block,
         "a matrix that is quantized": CHECKING * shape.matrix * 4,
     }
+    rounding: Terms = {
+        "its Hessians": shape.hessians * 4,
+        "the inverse of a Hessian": FACTORING * shape.widest**2 * 4,
+        "a batch": batch(shape, run, size),
+    }
+    words: Terms = {"embedding and head while they are rounded": ROUNDING * shape.outside}
+    quantizing = largest(quantizing | (rounding if by_gptq else {}), words if packed else {})
     measuring = {} if run["skip_ppl_eval"] else largest(*walking(shape, run, size))
     reading = loading(shape, size, gpus)
+    text = run["nsamples"] * run["seq_len"] if by_gptq else 0
     disk = {
         "distilled model and mask": shape.parameters * size + shape.inside / 8,
         "quantized model and its parts": 2 * (shape.inside + shape.outside * size),
-        "hidden states": 2 * evaluation_tokens(run) * shape.width * size,
+        "hidden states": 2 * max(evaluation_tokens(run), text) * shape.width * size,
     }
     if gpus:
-        return placed(gpus, measuring, largest(quantizing, reading), disk)
+        return placed(gpus, largest(measuring, quantizing if packed else {}), largest(quantizing, reading), disk)
     return placed(gpus, largest(quantizing, measuring), reading, disk)
 
 

@@ -41,6 +41,7 @@ def main() -> None:
     import datasets  # noqa: F401
 
     import components.quantize.with_compressed_tensors
+    import components.quantize.with_packed
     import components.quantize.with_quanto  # noqa: F401
 
     failed = 0

@@ -74,6 +74,9 @@ class Lab:
                 "model_dir": self.path("distilled"),
                 "mask_file": self.path("pruned"),
                 "output_dir": "output",
+                "calibration_data": self.path("tokens"),
+                "nsamples": 4,
+                "seq_len": 32,
                 **data,
             },
             "evaluate": {"model_dir": self.path("pruned"), **data},
@@ -109,7 +112,7 @@ def prepare(root: Path) -> Lab:
     lab.make("prune", "pruned_unevenly", allocation="search")
     lab.make("distill", "distilled", checkpoint_dir=lab.path("checkpoints"), checkpoint_steps=2)
     lab.make("distill", "distilled_cached", teacher_cache="always")
-    for format in ("int8", "fp8"):
+    for format in ("int8", "fp8", "packed-int8", "packed-int4"):
         lab.make("quantize", format, format=format)
     lab.make("report", "summary")
     lab.make("publish", "", publish_to=lab.path("published"), version="v1")

@@ -152,7 +152,10 @@ def test_the_distilled_model_loads_without_the_projects_code(finished):
     ("flags", "message"),
     [
         (["--prune_sparsity", "1.3"], "prune_sparsity must be in [0, 1), got 1.3"),
-        (["--quantize_formats", "int8", "int3"], "quantize_formats must be one of int8, fp8, got 'int3'"),
+        (
+            ["--quantize_formats", "int8", "int3"],
+            "quantize_formats must be one of int8, fp8, packed-int8, packed-int4, got 'int3'",
+        ),
         (["--distill_learning_rate", "0"], "distill_learning_rate must be above 0, got 0.0"),
         (["--model_id", "./missing"], "model_id must be an existing folder"),
         (["--train_data", "missing.txt"], "train_data must be an existing file"),

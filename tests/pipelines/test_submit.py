@@ -98,7 +98,10 @@ def test_parameters_have_the_types_of_the_pipeline(kfp, command, tmp_path):
         (["--set", "quantize_formats=int8"], "quantize_formats must be a list, got 'int8'"),
         (["--set", "prune_sparsity=1.3"], "prune_sparsity must be in [0, 1), got 1.3"),
         (["--set", "distill_nproc_per_node=2"], "distill_nproc_per_node must be 1 for backend none and launcher python, got 2"),
-        (["--set", "quantize_formats=[int3]"], "quantize_formats must be one of int8, fp8, got 'int3'"),
+        (
+            ["--set", "quantize_formats=[int3]"],
+            "quantize_formats must be one of int8, fp8, packed-int8, packed-int4, got 'int3'",
+        ),
         (["--set", "publish_to=gs://bucket/a\nb"], "publish_to must be one of gs://bucket/prefix"),
         (["--set", 'publish_to=gs://bucket/"x"'], "publish_to must have no quotation mark, backslash or line break, got "),
         (["--set", "distill_epochs"], "set must be name=value, got 'distill_epochs'"),

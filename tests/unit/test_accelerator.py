@@ -26,8 +26,8 @@ def run(device, place, dense, corpus, dtype):
     common = {"eval_data": corpus, "eval_blocks": 4, "eval_seq_len": 32, "dtype": dtype}
     pruned, distilled, quantized = (f"{place}/{name}" for name in ("pruned", "distilled", "quantized"))
     found = {}
-    def stage(name, config):
-        found[name] = importlib.import_module(f"components.{name}.stage").run(config).measured["perplexity"]
+    def stage(name, config, what=""):
+        found[what or name] = importlib.import_module(f"components.{name}.stage").run(config).measured["perplexity"]
     stage("prune", PruneConfig(
         dense_model=dense, output_dir=pruned, calibration_data=corpus, nsamples=32, seq_len=32, **common))
     stage("distill", DistillConfig(
@@ -35,6 +35,9 @@ def run(device, place, dense, corpus, dtype):
         batch_size=0, grad_accum_steps=4, max_steps=3, epochs=2, learning_rate=1e-3, teacher_cache=cache, **common))
     stage("quantize", QuantizeConfig(model_dir=distilled, output_dir=quantized, mask_file=pruned, **common))
     stage("evaluate", EvaluateConfig(model_dir=quantized, **common))
+    texts = {"calibration_data": corpus, "nsamples": 32, "seq_len": 32}
+    stage("quantize", QuantizeConfig(
+        model_dir=distilled, output_dir=f"{place}/packed", mask_file=pruned, format="packed-int4", **texts, **common), "packed")
     return found
 
 place, dense, corpus, dtype, cache, where = sys.argv[1:]
@@ -66,6 +69,6 @@ def perplexities(*arguments):
 def test_all_stages_run_on_an_accelerator_as_on_the_cpu(tmp_path, corpus, dtype, cache, rel):
     dense = save_tiny(tmp_path / "dense", "qwen3", tied=True)
     on_cpu, on_fake = (perplexities(tmp_path / where, dense, corpus, dtype, cache, where) for where in ("cpu", "fake"))
-    assert on_fake.keys() == on_cpu.keys() == {"prune", "distill", "quantize", "evaluate"}
+    assert on_fake.keys() == on_cpu.keys() == {"prune", "distill", "quantize", "evaluate", "packed"}
     for stage, found in on_fake.items():  # a weight half-way between two integers may be rounded either way
         assert found == pytest.approx(on_cpu[stage], rel=rel if stage in ("prune", "distill") else 10 * rel), stage

@@ -201,7 +201,7 @@ WRONG_VALUES = [
     ("distill", {"epochs": "0"}, "epochs must be at least 1, got 0"),
     ("distill", {"batch_size": "-1"}, "batch_size must be at least 0, got -1"),
     ("distill", {"sync_each_batch": "once"}, "sync_each_batch must be one of auto, always, never, got 'once'"),
-    ("quantize", {"format": "int4"}, "format must be one of int8, fp8, got 'int4'"),
+    ("quantize", {"format": "int4"}, "format must be one of int8, fp8, packed-int8, packed-int4, got 'int4'"),
     ("quantize", {"dtype": "float64"}, "dtype must be one of auto, float32, float16, bfloat16, got 'float64'"),
     ("evaluate", {"eval_seq_len": "1"}, "eval_seq_len must be at least 2, got 1"),
     ("evaluate", {"eval_blocks": "-1"}, "eval_blocks must be at least 0, got -1"),

@@ -12,6 +12,7 @@ from components.core.reading import read_json
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 QUANTO_FILE = "quanto_qmap.json"
+PACKED_METHOD = "sparse-distill-packed"  # how the config.json of a checkpoint in a packed format names it
 
 
 class Index(TypedDict):

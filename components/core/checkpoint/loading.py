@@ -12,8 +12,10 @@ from transformers.modeling_utils import get_hf_quantizer
 from transformers.utils import logging as transformers_logging
 
 from components.core.checkpoint.checks import inspect_checkpoint
+from components.core.checkpoint.files import PACKED_METHOD
 from components.core.checkpoint.weights import Weights
-from components.core.errors import readable
+from components.core.errors import readable, shown
+from components.core.packed.with_transformers import PackedConfig
 
 transformers_logging.disable_progress_bar()  # a pod's log should not contain control characters
 transformers_logging.set_verbosity_error()  # what its warnings are about is checked, and an error is one line
@@ -43,8 +45,14 @@ def open_model(
         rule = f"{path} must have a quantization_config that compressed-tensors can use"
         with readable(rule), warnings.catch_warnings(action="ignore"):  # that it is used with `dequantize` set
             quantizer, config, _ = get_hf_quantizer(config, CompressedTensorsConfig(dequantize=True), None, True, {})
+    elif method == PACKED_METHOD:
+        with readable(f"{path} must have a quantization_config of a packed format"):
+            PackedConfig.from_dict(config.quantization_config)
+        del config.quantization_config
     elif method is not None:
-        raise ValueError(f"{path} must be dense, or quantized by optimum-quanto or compressed-tensors, got {method}")
+        raise ValueError(
+            f"{path} must be dense or quantized by optimum-quanto, compressed-tensors or here, got {shown(method)}"
+        )
     what = f"{path} must have a config.json from which a model can be built"
     with readable(what), warnings.catch_warnings(action="ignore"), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -53,7 +61,7 @@ def open_model(
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
-    return model.eval(), Weights(Path(path), model, quantizer)
+    return model.eval(), Weights(Path(path), model, quantizer, method == PACKED_METHOD)
 
 
 def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from components.core.files import new_file, write_json
 
 SHARD_BYTES = 2 * 10**9  # of a file that is made of several parts
 METADATA = "__metadata__"
-ALIGNMENT = 8  # bytes, of the data
+ALIGNMENT = 64  # bytes, of where the data begins
 
 
 def part_file(folder: Path, number: int) -> Path:
@@ -136,7 +136,7 @@ def join(parts: list[Path], path: Path, metadata: Mapping[str, str] | None = Non
         offset += part.stat().st_size - 8 - length
     entries = dict(sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"]))
     text = json.dumps({METADATA: dict(metadata or {"format": "pt"})} | entries).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with new_file(path) as scratch, scratch.open("wb") as whole:
         whole.write(struct.pack("<Q", len(text)) + text)
         for part, start in zip(parts, starts, strict=True):

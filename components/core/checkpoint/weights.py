@@ -2,7 +2,8 @@
 
 transformers renames and converts what older checkpoints store, and dequantizes compressed-tensors. Its loader can do that for
 some of a model's tensors at a time, which `from_pretrained` does not offer; so nothing here decides how a tensor is read. What
-optimum-quanto stores is turned back into plain weights on the way, integers (or float8) times the scale of their row.
+optimum-quanto stores is turned back into plain weights on the way, integers (or float8) times the scale of their row; and what
+lies in the records of a packed format, after its checksum.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
 from components.core.checkpoint.files import QUANTO_FILE, Stored, stored_tensors
 from components.core.errors import one_line, readable
+from components.core.packed.record import HEADER, Packed, checked, header_of, unpack
 from components.core.progress import quiet_bars
 
 DATA, SCALE, UNUSED = "._data", "._scale", (".input_scale", ".output_scale")  # optimum-quanto's; the last are of activations
@@ -41,13 +43,14 @@ class Weights:
         folder: the checkpoint.
         model: its model, the parameters on the meta device in the number format to load them in.
         quantizer: transformers' quantizer, if compressed-tensors quantized the checkpoint.
+        packed: whether the checkpoint is in a packed format.
 
     Raises:
         ValueError: a weight is missing, is not one of the model's, or has another shape; names the first.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel, quantizer: Any = None) -> None:
-        self.folder, self.model = folder, model
+    def __init__(self, folder: Path, model: PreTrainedModel, quantizer: Any = None, packed: bool = False) -> None:
+        self.folder, self.model, self.packed = folder, model, packed
         dtype = model.dtype
         self.config = LoadStateDictConfig(
             dtype=dtype,
@@ -63,7 +66,8 @@ class Weights:
         if quantizer:  # a scale without its weight would end in an error of the conversion that names neither
             names = {name.removesuffix("_packed") for name in stored}
             _refuse(folder, {name.removesuffix("_scale") for name in names if name.endswith(".weight_scale")} - names, ())
-        self.targets = self._find_targets({name: stored[parts[0]].shape for name, parts in self.entries.items()})
+        shapes = packed_shapes(stored) if packed else {name: tensor.shape for name, tensor in stored.items()}
+        self.targets = self._find_targets({name: shapes[parts[0]] for name, parts in self.entries.items()})
 
     def _find_targets(self, shapes: dict[str, list[int]]) -> dict[str, str]:
         """Stored name → the model's name (of a conversion, the first of them), for all that the model uses.
@@ -126,13 +130,27 @@ class Weights:
                 for file in sorted({self.files[part] for part in parts})
             }
             slices = {part: opened[self.files[part]].get_slice(part) for part in parts}
-            tensors = {name: _entry([slices[part] for part in self.entries[name]]) for name in names}
+            tensors = {name: self._entry(name, [slices[part] for part in self.entries[name]]) for name in names}
             config = replace(self.config, device_map={"": device})
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
         for name, found, expected in sorted(info.mismatched_keys):
             _check_shape(self.folder, name, found, expected)
         for name, fault in sorted(info.conversion_errors.items()):
             raise ValueError(f"{what}: {name}: {one_line(fault)}")
+
+    def _entry(self, name: str, slices: list[Any]) -> Any:
+        """What the loader reads for a tensor of the dense model, from the slices of its parts."""
+        if self.packed:
+            return Unpacked(slices[0], self.files[name], name)
+        return slices[0] if len(slices) == 1 else Dequantized(*slices)
+
+    def check_records(self) -> None:
+        """Compare the checksums of all records of a packed checkpoint. Raises ValueError."""
+        for file in sorted(set(self.files.values())):
+            with safe_open(file, framework="pt") as opened:
+                for name in sorted(opened.keys()):
+                    with readable(f"{file} must hold undamaged records, {name} is not one"):
+                        checked(opened.get_tensor(name))
 
     def tie(self) -> None:
         """Tie the weights that are stored once, when all of one kind are loaded."""
@@ -201,8 +219,38 @@ class Dequantized:
         return weight
 
 
-def _entry(slices: list[Any]) -> Any:
-    return slices[0] if len(slices) == 1 else Dequantized(*slices)
+def packed_shapes(stored: dict[str, Stored]) -> dict[str, list[int]]:
+    """Name → shape of the tensor in each record of a packed checkpoint; of the records, only their headers are read.
+
+    Raises:
+        ValueError: one is not a record.
+    """
+    shapes: dict[str, list[int]] = {}
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        with readable(f"{file} must be a safetensors file"), safe_open(file, framework="pt") as opened:
+            starts = {name: opened.get_slice(name)[: HEADER.size] for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        for name, start in starts.items():
+            with readable(f"{file} must hold records of a packed format, {name} is none"):
+                shapes[name] = header_of(start).shape
+    return shapes
+
+
+class Unpacked:
+    """A weight in a record of a packed format, to be read as if it were stored as a plain tensor.
+
+    Args:
+        record: the record's slice.
+        where: its file.
+        name: its name.
+    """
+
+    def __init__(self, record: Any, where: Path, name: str) -> None:
+        self.record, self.where, self.name = record, where, name
+
+    def __getitem__(self, _: Any) -> Tensor:
+        with readable(f"{self.where} must hold undamaged records, {self.name} is not one"):
+            content = unpack(self.record[...])
+        return content.dense() if isinstance(content, Packed) else content
 
 
 def _refuse(path: str | Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:

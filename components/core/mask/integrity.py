@@ -13,18 +13,22 @@ class SparsityError(ValueError):
     """A weight outside the mask is not zero, or the mask does not have the sparsity that was asked for."""
 
 
-def integrity(weights: Mapping[str, Tensor], mask: Mask, eps: float = 0.0) -> dict[str, Any]:
+def integrity(
+    weights: Mapping[str, Tensor], mask: Mask, eps: float = 0.0, places: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
     """Check the invariant: every weight outside the mask is zero and the mask has the sparsity asked for.
 
     Args:
         weights: name → weight, or its quantized data, [*shape of the mask].
         mask: decides which weights must be zero.
         eps: magnitudes up to this count as zero.
+        places: name → which weights are stored at all, bool, of a format that stores those of the mask alone.
 
     Returns:
         `passed`, `sparsity` (of the mask), `violations` (number of weights outside the mask that exceed eps or are not
         finite), `max_abs` (the largest of them), `eps`, and `tensors` (name → what is wrong with it, for each faulty
-        tensor; a kept weight that is not finite is a fault too).
+        tensor; a kept weight that is not finite is a fault too, and so is a place that is stored though it is not kept, or
+        kept though it is not stored).
     """
     tensors: dict[str, dict[str, Any]] = {}
     violations, largest = 0, 0.0
@@ -38,6 +42,11 @@ def integrity(weights: Mapping[str, Tensor], mask: Mask, eps: float = 0.0) -> di
         broken = weights[name].numel() - int(torch.isfinite(weights[name].detach().float()).sum())
         if broken:
             tensors.setdefault(name, {})["not_finite"] = broken
+        if places and name in places:
+            there = places[name].to(kept.device)
+            if not torch.equal(there, kept):
+                counts = {"stored_outside": int((there & ~kept).sum()), "not_stored": int((kept & ~there).sum())}
+                tensors.setdefault(name, {}).update(counts)
         expected = mask.requested_count(name)
         pruned = kept.numel() - int(kept.sum())
         if expected is not None and pruned != expected:

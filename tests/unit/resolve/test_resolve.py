@@ -166,7 +166,11 @@ def test_every_wrong_value_that_a_pipeline_can_express_is_among_the_cases():
 
 CASES = [
     *(("compress", named, line) for named, line in in_pipelines()),
-    ("compress", {"quantize_formats": ["int4"]}, "quantize_formats must be one of int8, fp8, got 'int4'"),
+    (
+        "compress",
+        {"quantize_formats": ["int4"]},
+        "quantize_formats must be one of int8, fp8, packed-int8, packed-int4, got 'int4'",
+    ),
     ("compress", {"quantize_formats": []}, "quantize_formats must name at least one format, got []"),
     ("compress", {"eval_seq_len": 1}, "eval_seq_len must be at least 2, got 1"),
     ("compress", {"eval_blocks": -1}, "eval_blocks must be at least 0, got -1"),
