@@ -1,9 +1,10 @@
-"""What is left of prune and quantize when they are killed: `kill -9` at random moments, and the same command again.
+"""What is left of prune and quantize when they are killed: `kill -9` at a random moment, and the same command again.
 
     python tests/benchmarks/interruptions.py --output_dir /tmp/interruptions
 
 Prints for each kill how many blocks were finished. Exits with 1 if a run that was killed leaves another folder than one that
 was not, or does a finished block again. Every file must be equal to the byte, and of the records all but times and memory.
+A kill comes some time after a random number of blocks is finished, so that it meets the stage at work on a busy machine too.
 """
 
 import hashlib
@@ -73,15 +74,21 @@ def difference(found: dict[str, str], wanted: dict[str, str]) -> str:
     return f"other content: {', '.join(names)}" if names else ""
 
 
-def interrupted(command: list[str], output: Path, moment: float, wanted: dict[str, str]) -> str:
-    """Kill a stage after some seconds and start it again; returns what was wrong, or nothing."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    time.sleep(moment)
+def finished(output: Path) -> int:
+    """How many blocks a stage that works at `output` has finished."""
+    return sum(1 for place in output.parent.glob(f".{output.name}.*") for _ in place.rglob(FINISHED))
+
+
+def interrupted(command: list[str], output: Path, after: int, delay: float, wanted: dict[str, str]) -> str:
+    """Kill a stage some seconds after so many blocks are finished, and start it again; returns what was wrong, or nothing."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None and finished(output) < after:
+        time.sleep(0.02)
+    time.sleep(delay)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    blocks = sum(1 for place in output.parent.glob(f".{output.name}.*") for _ in place.rglob(FINISHED))
-    whole = output.exists()
-    print(f"  killed after {moment:.1f} s with {'the model' if whole else f'{blocks} blocks'} finished", flush=True)
+    process.wait()
+    blocks, whole = finished(output), output.exists()
+    print(f"  killed with {'the model' if whole else f'{blocks} blocks'} finished", flush=True)
     if not whole:
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         told = GOING_ON.findall(ended.stdout)
@@ -109,7 +116,8 @@ def main() -> None:
         print(f"{stage}: {seconds:.1f} s undisturbed", flush=True)
         for number in range(config.kills):
             output = place / f"{stage}-{number}"
-            if fault := interrupted([*command, str(output)], output, chance.uniform(0.2, 1) * seconds, wanted):
+            delay = chance.uniform(0, seconds / (config.layers + 1))
+            if fault := interrupted([*command, str(output)], output, chance.randint(0, config.layers), delay, wanted):
                 faults += 1
                 print(f"  {fault}", flush=True)
             shutil.rmtree(output)
