@@ -90,7 +90,7 @@ def test_parameters_have_the_types_of_the_pipeline(kfp, command, tmp_path):
     [
         (
             ["--set", "prune_sparsty=0.5"],
-            "prune_sparsty must be a parameter of compress, it has bos, distill_alpha_hidden, distill_alpha_kd, ",
+            "prune_sparsty must be a parameter of compress, it has bos, distill_admm_interval, distill_admm_penalty, distil",
         ),
         (["--set", "distill_epochs=2.5"], "distill_epochs must be a whole number, got '2.5'"),
         (["--set", "distill_learning_rate=nan"], "distill_learning_rate must be a finite number, got 'nan'"),
