@@ -115,7 +115,7 @@ def begin(walk: Walk, folder: Path, calibration: Tensor, evaluation: Tensor | No
             outside = walk.weights.stored_names(parameters_outside(walk.model, walk.blocks))
             save_tensors(outside, part_file(folder, 0))
         recipe = recipe_of(config)
-        tokens = TOKENS_PER_STEP if recipe.reconstruct == "block" else None
+        tokens = TOKENS_PER_STEP // process_count() if recipe.reconstruct == "block" else None
         recorded = walk.record(share(calibration), folder, f"calibration-{rank()}", fresh, tokens)
         texts = Texts(made_fast(recorded, walk, config))
         if recipe.needs_dense:

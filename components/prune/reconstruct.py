@@ -27,7 +27,7 @@ from components.core.hidden import token_error
 from components.core.processes import average
 from components.core.walk.stream import Batch, run_block
 
-TOKENS_PER_STEP = 512  # two epochs of these steps led as far as four of steps of 2,048 tokens
+TOKENS_PER_STEP = 512  # over all processes; two epochs of these steps led as far as four of steps of 2,048 tokens
 MEASURED = 4  # batches, of which one tells whether training has helped
 Examples = Callable[[], Iterable[tuple[Batch, Tensor]]]  # for each epoch anew: a batch and what the block should make of it
 

@@ -29,7 +29,7 @@ def run(device, place, dense, corpus, dtype):
     def stage(name, config, what=""):
         found[what or name] = importlib.import_module(f"components.{name}.stage").run(config).measured["perplexity"]
     stage("prune", PruneConfig(
-        dense_model=dense, output_dir=pruned, calibration_data=corpus, nsamples=32, seq_len=32, **common))
+        dense_model=dense, output_dir=pruned, calibration_data=corpus, nsamples=32, seq_len=32, damping=1, **common))
     stage("distill", DistillConfig(
         teacher_model=dense, student_model=pruned, mask_file=pruned, output_dir=distilled, train_data=corpus, seq_len=32,
         batch_size=0, grad_accum_steps=4, max_steps=3, epochs=2, learning_rate=1e-3, teacher_cache=cache, **common))

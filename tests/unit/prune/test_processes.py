@@ -21,8 +21,9 @@ from tests.conftest import save_tiny
 
 ROOT = Path(__file__).parents[3]
 SMALL = {"nsamples": 8, "seq_len": 32, "eval_blocks": 2, "eval_seq_len": 32}
-UNEVEN = {"pattern": "2:4", "sparsity": 0.5, "nsamples": 32, "refit": 100}
-BEST = {"effort": "best", "method": "wanda", "reconstruct_epochs": 1}
+FIRM = {"damping": 1}  # with the usual one, the order of sums decides much: six words make Hessians that are nearly singular
+UNEVEN = {"pattern": "2:4", "sparsity": 0.5, "nsamples": 32, "refit": 100} | FIRM
+BEST = {"effort": "best", "method": "wanda", "reconstruct_epochs": 1} | FIRM
 LAYERS = 8  # so that there is time to kill a run between its first and its last block
 
 
@@ -87,7 +88,7 @@ def contents(folder, name):
     return [(folder / name / file).read_bytes() for file in ("model.safetensors", "sparsity_mask.safetensors")]
 
 
-@pytest.mark.parametrize(("processes", "changes"), [(2, {}), (3, UNEVEN), (2, BEST), (2, {"allocation": "owl"})])
+@pytest.mark.parametrize(("processes", "changes"), [(2, FIRM), (3, UNEVEN), (2, BEST), (2, FIRM | {"allocation": "owl"})])
 def test_several_processes_prune_like_one(tmp_path, corpus, processes, changes):
     """With three, the rows of calibration text are not even, and one process has no evaluation text.
 
@@ -99,8 +100,12 @@ def test_several_processes_prune_like_one(tmp_path, corpus, processes, changes):
     assert (out.count("[PPL] after_pruning="), err) == (1, "")  # only one process prints
     wanted, found = record(tmp_path, "one"), record(tmp_path, "several")
     assert found["sparse_integrity_check"] == wanted["sparse_integrity_check"]
-    for measured in ("perplexity_before", "perplexity"):
-        assert found["measured"][measured] == pytest.approx(wanted["measured"][measured], rel=1e-3)
+    # a step of Adam is as long for gradients that are nearly zero, whose signs rounding decides
+    trained = "reconstruction" in wanted["details"]
+    for measured, within in {"perplexity_before": 1e-5, "perplexity": 2e-2 if trained else 1e-3}.items():
+        assert found["measured"][measured] == pytest.approx(wanted["measured"][measured], rel=within)
+    for theirs, ours in zip(*(each["details"].get("reconstruction", []) for each in (wanted, found)), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2)
     for theirs, ours in zip(wanted["details"]["layers"], found["details"]["layers"], strict=True):
         assert ours["sparsity"] == theirs["sparsity"]
         within = 5e-2 if theirs["block"] else 1e-3
@@ -116,7 +121,7 @@ def test_several_processes_prune_like_one(tmp_path, corpus, processes, changes):
         same = (kept == masks[1].tensors[name]).all(1)  # of a row's weights, one that falls otherwise moves those after it
         assert same.float().mean() > 0.9
         one, several = (tensors[name][same] for tensors in weights)
-        assert (one - several).norm() < 3e-3 * one.norm()  # a refit that ends before it converges rounds some weights apart
+        assert (one - several).norm() < 3e-3 * one.norm()
     assert integrity(weights[1], masks[1])["passed"]
 
 
