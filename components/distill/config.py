@@ -240,6 +240,8 @@ class DistillConfig(DistillSettings, DeviceSettings):
             for parameter, text in texts.items():
                 check_held_out(parameter, text, self.eval_data)
         check_new("output_dir", self.output_dir)
+        if self.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("tensorboard_dir needs its package: pip install 'sparse-distill[tensorboard]'")
         if self.output_mask_file:
             check_new("output_mask_file", self.output_mask_file)
             self.check_outside("output_mask_file")

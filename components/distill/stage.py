@@ -124,8 +124,10 @@ def train(config: DistillConfig, model_config: Any, mask: Mask, teacher_folder: 
             start_dense(config, backend, teacher_folder)
             backend.constrain(mask)
         progress = trainer.fit()
-    describe(result, progress, config, mask)
+    describe(result, progress, mask)
     write(config, result, history, backend, mask, tokenizer, evaluation.ids if evaluation else None, watch)
+    if config.tensorboard_dir and processes.is_main():  # what goes wrong here must not cost the student
+        write_tensorboard(config.tensorboard_dir, progress)
     if trainer.remote:
         trainer.remote.close()
     backend.barrier()
@@ -165,7 +167,7 @@ def training_blocks(config: DistillConfig, tokenizer: Any) -> Tensor:
     return torch.cat([blocks, mixed[:wanted]])
 
 
-def describe(result: StageRecord, progress: Progress, config: DistillConfig, mask: Mask) -> None:
+def describe(result: StageRecord, progress: Progress, mask: Mask) -> None:
     """Add a run's measurements to its record."""
     result.measured |= {
         "sparsity": mask.realised_sparsity(),
@@ -175,8 +177,6 @@ def describe(result: StageRecord, progress: Progress, config: DistillConfig, mas
         "tokens_per_second": round(progress.tokens_per_second(), 2),
     }
     result.details |= {"steps": progress.steps, "epochs": progress.epochs}
-    if config.tensorboard_dir and processes.is_main():
-        write_tensorboard(config.tensorboard_dir, progress)
 
 
 def check_student(config: DistillConfig, mask: Mask) -> None:

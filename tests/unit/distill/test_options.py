@@ -116,6 +116,23 @@ def test_the_dense_control_trains_the_same_layers_without_zeros(pruned, corpus, 
         assert torch.equal(value, before[name]) is (name not in trained), name
 
 
+def test_missing_tensorboard_is_told_before_the_work(pruned, corpus, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^tensorboard_dir needs its package: pip install 'sparse-distill\[tensorboard\]'$"):
+        settings(pruned, corpus, tmp_path / "out", tensorboard_dir=str(tmp_path / "board")).check_environment()
+
+
+def test_a_failure_of_tensorboard_does_not_cost_the_student(pruned, corpus, tmp_path, monkeypatch):  # noqa: F811
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("components.distill.stage.write_tensorboard", fail)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(OSError, match="^no space left on device$"):
+        run(settings(pruned, corpus, tmp_path / "out", tensorboard_dir=str(tmp_path / "board"), max_steps=1))
+    assert (tmp_path / "out" / "distill_stats.json").is_file()
+
+
 def test_tensorboard_files_hold_the_curves(pruned, corpus, tmp_path):  # noqa: F811
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     record = run(settings(pruned, corpus, tmp_path / "out", tensorboard_dir=str(tmp_path / "board"), max_steps=3))
