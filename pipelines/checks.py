@@ -61,7 +61,7 @@ def _typed(name: str, kind: type, value: Any) -> Any:
     if isinstance(value, str):
         try:
             value = parse(value)
-        except (ValueError, KeyError, yaml.YAMLError):
+        except (ValueError, KeyError, yaml.YAMLError, RecursionError):  # the last, where brackets are nested without end
             raise wrong from None
     is_other_bool = isinstance(value, bool) and bool not in classes  # in Python a bool is an int
     is_too_large = isinstance(value, int | float) and not abs(value) <= sys.float_info.max

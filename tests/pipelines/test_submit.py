@@ -92,6 +92,7 @@ def test_parameters_have_the_types_of_the_pipeline(kfp, command, tmp_path):
             ["--set", "prune_sparsty=0.5"],
             "prune_sparsty must be a parameter of compress, it has bos, distill_admm_interval, distill_admm_penalty, distil",
         ),
+        (["--set", "quantize_formats=" + "[" * 5000], "quantize_formats must be"),
         (["--set", "distill_epochs=2.5"], "distill_epochs must be a whole number, got '2.5'"),
         (["--set", "distill_learning_rate=nan"], "distill_learning_rate must be a finite number, got 'nan'"),
         (["--set", "skip_ppl_eval=1"], "skip_ppl_eval must be true or false, got '1'"),
