@@ -13,7 +13,7 @@ from kfp.client import Client
 
 from components.core.checks import check_at_least
 from components.core.cli import errors_in_one_line, parse
-from components.core.errors import shown
+from components.core.errors import one_line, shown
 from components.core.progress import log
 from components.core.settings import naming
 from pipelines.api import PipelineConfig, connect, plain_errors, upload
@@ -106,7 +106,7 @@ def main() -> None:
     with errors_in_one_line(), naming(config):
         told = submit(config)
     for problem in told:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {one_line(problem)}", file=sys.stderr)
     sys.exit(bool(told))
 
 

@@ -9,6 +9,7 @@ Documents are joined by a blank line, as is usual for WikiText perplexity (GPTQ,
 """
 
 import hashlib
+import os
 import platform
 from collections import defaultdict
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ def check_corpus(parameter: str, spec: str) -> None:
         raise ValueError(f"{parameter} must be {PYTHON_DOCS}, a hub dataset or a local path, got {shown(spec)}")
     if not spec or not path.exists():
         raise ValueError(f"{parameter} must be an existing file or folder, or a hub dataset 'name:config', got {shown(spec)}")
-    if path.is_dir() and sum(1 for _ in islice(path.rglob("*"), MOST_FILES + 1)) > MOST_FILES:  # such as a whole disk
+    if path.is_dir() and sum(1 for _ in islice(_all_files(path), MOST_FILES + 1)) > MOST_FILES:  # such as a whole disk
         raise ValueError(f"{parameter} must hold at most {MOST_FILES} files, {spec} has more")
     if path.is_dir() and not _folder_files(path):
         raise ValueError(f"{parameter} must hold {', '.join(SUFFIXES)} files, got {spec}")
@@ -176,7 +177,17 @@ def _hub_documents(parameter: str, spec: str, split: str, revision: str | None) 
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    return sorted(file for file in _all_files(folder) if file.suffix in SUFFIXES and file.is_file())
+
+
+def _all_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder. Unlike `rglob`, it does not pass over a folder that is closed."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for place, _, names in os.walk(folder, onerror=stop):
+        yield from (Path(place, name) for name in names)
 
 
 def _local_files(path: Path, split: str) -> list[Path]:

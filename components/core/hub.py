@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from components.core.errors import one_line
 from components.core.retry import TRANSIENT, TransientError, retried
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ def _explained(parameter: str, name: str) -> Iterator[None]:
     from huggingface_hub import errors
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
+    name = one_line(name)  # without what looks like a token
     try:
         yield
     except errors.GatedRepoError as error:

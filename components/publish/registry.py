@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+from components.core.errors import one_line
 from components.core.retry import TRANSIENT, TransientError, retried
 
 # the client's own variable: a token must not be in a setting, which is recorded, or on a command line
@@ -90,6 +91,6 @@ class Registry:
             yield
         except ApiException as error:  # its own text includes all headers and the body
             kind = TransientError if error.status in TRANSIENT else OSError
-            raise kind(f"the registry {self.server} answered {error.status} {error.reason}") from error
+            raise kind(f"the registry {one_line(self.server)} answered {error.status} {error.reason}") from error
         except (ClientError, TimeoutError) as error:
-            raise TransientError(f"the registry {self.server} does not answer: {error}") from error
+            raise TransientError(f"the registry {one_line(self.server)} does not answer: {error}") from error

@@ -368,3 +368,18 @@ def test_a_tokens_folder_is_known_by_its_file(tmp_path):
 def test_text_fingerprint_tells_texts_apart():
     assert text_fingerprint("a") == "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
     assert text_fingerprint("a") != text_fingerprint("a ")
+
+
+def test_a_closed_folder_within_a_corpus_is_told(tmp_path, monkeypatch):
+    (tmp_path / "texts" / "closed").mkdir(parents=True)
+    (tmp_path / "texts" / "train.txt").write_text("text")
+    scan = os.scandir
+
+    def scandir(place):
+        if str(place).endswith("closed"):  # root may look into any folder
+            raise PermissionError(13, "Permission denied", str(place))
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        check_corpus("train_data", str(tmp_path / "texts"))
